@@ -1,0 +1,113 @@
+//! How a range is divided.
+//!
+//! An engine owns no memory and takes no lock: it is given spans, cuts blocks from them and takes blocks
+//! back, under `&mut self`. It never calls a source and never allocates from what it serves. Addresses are
+//! plain numbers, because some of the memory served here no CPU can touch; engines that keep their books
+//! inside free blocks say so by their store's type.
+
+use core::alloc::Layout;
+use core::fmt;
+
+/// A stretch of memory given to an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First address.
+    pub start: usize,
+    /// Length in bytes.
+    pub len: usize,
+    /// Whether all of it is known to read as zero.
+    pub zeroed: bool,
+}
+
+/// A block that an engine hands out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// First address.
+    pub start: usize,
+    /// Usable bytes, at least what was asked for.
+    pub size: usize,
+    /// Whether all of it is known to read as zero.
+    pub zeroed: bool,
+}
+
+/// An invariant that does not hold: which one, and where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Broken {
+    /// The invariant.
+    pub invariant: &'static str,
+    /// The address or index where it fails.
+    pub at: usize,
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "broken at {:#x}: {}", self.at, self.invariant)
+    }
+}
+
+/// What every engine does.
+///
+/// # Safety
+/// Blocks that are live never overlap each other nor leave the spans that were added, and have the size and
+/// alignment that were asked for.
+pub unsafe trait Engine: Send {
+    /// Adds a span to serve from; adjacent spans may be joined. `Err` gives back a span that is of no use
+    /// (too small, or there is no room to note it).
+    ///
+    /// # Safety
+    /// The span overlaps none added before, and stays valid and unused by others until removed. An engine
+    /// whose books lie inside the memory needs it writable.
+    unsafe fn add(&mut self, span: Span) -> Result<(), Span>;
+
+    /// Cuts a block; `None` when nothing fits. The size is not 0.
+    fn alloc(&mut self, layout: Layout) -> Option<Block>;
+
+    /// Takes a block back and returns its usable size.
+    ///
+    /// # Safety
+    /// `start` is the address of a live block of this engine.
+    unsafe fn free(&mut self, start: usize) -> usize;
+
+    /// Usable size of the live block at `start`; `None` where none begins, as far as the engine can tell
+    /// without reading memory outside its spans.
+    fn usable_size(&self, start: usize) -> Option<usize>;
+
+    /// Grows the live block at `start` in place to at least `size` bytes; returns its new usable size.
+    ///
+    /// # Safety
+    /// As for `free`.
+    unsafe fn grow(&mut self, start: usize, size: usize) -> Option<usize>;
+
+    /// Cuts the tail off the live block at `start`, keeping at least `size` bytes; returns its usable size.
+    ///
+    /// # Safety
+    /// As for `free`.
+    unsafe fn shrink(&mut self, start: usize, size: usize) -> usize;
+
+    /// Whether any address of `address` lies in a span of this engine.
+    fn owns(&self, address: usize) -> bool;
+
+    /// Removes a span in which nothing is live, of at most `at_most` bytes, whole as it was added.
+    fn remove_idle(&mut self, at_most: usize) -> Option<Span>;
+
+    /// Forgets all blocks: every span is free again.
+    ///
+    /// # Safety
+    /// No block of this engine is used or freed after.
+    unsafe fn reset(&mut self);
+
+    /// Blocks that are live.
+    fn live_blocks(&self) -> usize;
+
+    /// Usable bytes of all live blocks.
+    fn live_bytes(&self) -> usize;
+
+    /// Bytes that are free, and the largest range among them.
+    fn free_bytes(&self) -> (usize, usize);
+
+    /// Calls `visit` with every live block.
+    fn for_each_live(&self, visit: &mut dyn FnMut(Block));
+
+    /// Walks every invariant of the engine.
+    fn check(&self) -> Result<(), Broken>;
+}

@@ -1,0 +1,11 @@
+//! One set of pools for host, pinned, managed, device and persistent memory.
+
+pub mod base;
+pub mod engine;
+pub mod source;
+
+pub use base::config::{AllocatorType, DebugConfig, OnFinding, PoolConfig, Strategy, SyncType};
+pub use base::error::{Error, ErrorCategory, Result};
+pub use base::policy::{FreeRange, Policy, Request};
+pub use base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
+pub use base::stats::MemoryStats;
