@@ -274,7 +274,11 @@ impl PoolConfig {
             return Err(Error::config("max_size", 0, "1 or more; usize::MAX for no limit"));
         }
         if self.initial_size > self.max_size {
-            return Err(Error::config("initial_size, max_size", self.initial_size, "initial_size <= max_size"));
+            return Err(Error::config(
+                "initial_size, max_size",
+                self.initial_size,
+                "initial_size <= max_size",
+            ));
         }
         if *allocator_type == FixedSize {
             if self.block_size == 0 || self.block_size > isize::MAX as usize / 2 {
@@ -292,7 +296,11 @@ impl PoolConfig {
             ));
         }
         if *sync_type == SyncType::LockFree && *allocator_type != FixedSize {
-            return Err(Error::config("sync_type, allocator_type", "LockFree", "LockFree with FixedSize only"));
+            return Err(Error::config(
+                "sync_type, allocator_type",
+                "LockFree",
+                "LockFree with FixedSize only",
+            ));
         }
         if *sync_type == SyncType::ThreadCached && *allocator_type != SizeClass {
             return Err(Error::config(

@@ -279,7 +279,9 @@ impl fmt::Display for Error {
                     None => Ok(()),
                 }
             }
-            Self::Corrupt { at, what } => write!(f, "corrupt at {at:#x}: expected {what}; do not write to it"),
+            Self::Corrupt { at, what } => {
+                write!(f, "corrupt at {at:#x}: expected {what}; do not write to it")
+            }
         }
     }
 }

@@ -234,7 +234,15 @@ impl Os {
             mask[(node / 64) as usize] = 1 << (node % 64);
             // SAFETY: the mask outlives the call and the range is a fresh mapping of ours.
             unsafe {
-                libc::syscall(libc::SYS_mbind, base.as_ptr(), len, MPOL_PREFERRED, mask.as_ptr(), 1025usize, 0)
+                libc::syscall(
+                    libc::SYS_mbind,
+                    base.as_ptr(),
+                    len,
+                    MPOL_PREFERRED,
+                    mask.as_ptr(),
+                    1025usize,
+                    0,
+                )
             };
         }
         #[cfg(not(target_os = "linux"))]
