@@ -1,0 +1,27 @@
+# Each recipe is a step of .ci/run, which is what CI runs; `just` without a name runs them all.
+ci *STEPS:
+    .ci/run {{STEPS}}
+
+fmt: (ci "fmt")
+clippy: (ci "clippy")
+doc: (ci "doc")
+test: (ci "test")
+features: (ci "features")
+loom: (ci "loom")
+examples: (ci "examples")
+package: (ci "package")
+
+# Address and leak sanitizer over the library's own tests (nightly).
+asan:
+    RUSTFLAGS="-Zsanitizer=address" cargo +nightly test --lib --tests --target x86_64-unknown-linux-gnu --target-dir target/asan
+
+# Thread sanitizer (nightly). std is not instrumented, so only races in our own code are reported.
+tsan:
+    RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" cargo +nightly test --lib --tests --target x86_64-unknown-linux-gnu --target-dir target/tsan
+
+# Fuzz one target for a while: `just fuzz ranges 600`.
+fuzz TARGET SECONDS="60":
+    cargo +nightly fuzz run {{TARGET}} -- -max_total_time={{SECONDS}}
+
+bench:
+    cargo bench
