@@ -2,6 +2,7 @@
 
 pub mod base;
 pub mod engine;
+pub mod observe;
 pub mod source;
 
 pub use base::config::{AllocatorType, DebugConfig, OnFinding, PoolConfig, Strategy, SyncType};
