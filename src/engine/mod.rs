@@ -8,6 +8,8 @@
 use core::alloc::Layout;
 use core::fmt;
 
+use crate::base::error::PointerFault;
+
 /// A stretch of memory given to an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
@@ -26,9 +28,39 @@ pub struct Block {
     pub start: usize,
     /// Usable bytes, at least what was asked for.
     pub size: usize,
-    /// Whether all of it is known to read as zero.
-    pub zeroed: bool,
+    /// Leading bytes that may hold anything; all after them are known to read as zero. `size` where nothing
+    /// is known.
+    pub dirty: usize,
 }
+
+impl Block {
+    /// Whether all of the block is known to read as zero.
+    #[inline]
+    pub fn zeroed(&self) -> bool {
+        self.dirty == 0
+    }
+}
+
+/// A kind of memory, as a type: what decides where an engine may keep its books.
+pub trait Space: 'static {}
+
+/// Memory that the CPU may read and write as it likes, at the price of ordinary memory.
+///
+/// # Safety
+/// Engines dereference addresses of such memory.
+pub unsafe trait CpuSpace: Space {}
+
+/// Ordinary memory of the process.
+#[derive(Clone, Copy, Debug)]
+pub struct HostSpace;
+
+impl Space for HostSpace {}
+// SAFETY: ordinary memory.
+unsafe impl CpuSpace for HostSpace {}
+
+/// An engine that may serve memory of kind `M`. A pool over memory of kind `M` asks for `E: Serves<M>`, so an
+/// engine whose books lie in the memory itself cannot be paired with memory that the CPU must not touch.
+pub trait Serves<M: Space>: Engine {}
 
 /// An invariant that does not hold: which one, and where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +99,26 @@ pub unsafe trait Engine: Send {
     /// # Safety
     /// `start` is the address of a live block of this engine.
     unsafe fn free(&mut self, start: usize) -> usize;
+
+    /// `free` for an address that nobody vouches for: the fault, as far as it is detected, and nothing is
+    /// changed then.
+    ///
+    /// # Safety
+    /// Nothing else uses the block, if `start` is one. An address at which no live block of this engine
+    /// begins is mostly refused, but an engine without an exact index may be fooled by contents forged to
+    /// look like its books.
+    unsafe fn free_checked(&mut self, start: usize) -> Result<usize, PointerFault> {
+        match self.usable_size(start) {
+            // SAFETY: a live block begins there.
+            Some(_) => Ok(unsafe { self.free(start) }),
+            None => Err(self.fault(start)),
+        }
+    }
+
+    /// What is wrong with `start`, given that no live block begins there.
+    fn fault(&self, start: usize) -> PointerFault {
+        if self.owns(start) { PointerFault::NotLive } else { PointerFault::Foreign }
+    }
 
     /// Usable size of the live block at `start`; `None` where none begins, as far as the engine can tell
     /// without reading memory outside its spans.
