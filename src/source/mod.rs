@@ -3,7 +3,10 @@
 //! A source hands out whole regions and takes them back; it never divides them. Pools call it with no lock
 //! held, so a source may be slow, and it must be usable from several threads at once.
 
+pub mod failing;
+pub mod file;
 pub mod os;
+pub mod slice;
 
 use core::fmt;
 use core::ptr::NonNull;
@@ -48,6 +51,11 @@ pub unsafe trait Source: Send + Sync + fmt::Debug {
     /// Lengths are rounded up to a multiple of this power of two.
     fn granularity(&self) -> usize;
 
+    /// Bytes that the source could hand out at most, all regions together.
+    fn limit(&self) -> usize {
+        usize::MAX
+    }
+
     /// A new region of at least `len` bytes, `len > 0`, aligned to `align`.
     fn reserve(&self, len: usize, align: usize) -> Result<Region>;
 
@@ -82,6 +90,9 @@ pub unsafe trait Source: Send + Sync + fmt::Debug {
 unsafe impl<S: Source + ?Sized> Source for std::sync::Arc<S> {
     fn granularity(&self) -> usize {
         (**self).granularity()
+    }
+    fn limit(&self) -> usize {
+        (**self).limit()
     }
     fn reserve(&self, len: usize, align: usize) -> Result<Region> {
         (**self).reserve(len, align)
