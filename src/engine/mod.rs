@@ -5,6 +5,8 @@
 //! plain numbers, because some of the memory served here no CPU can touch; engines that keep their books
 //! inside free blocks say so by their store's type.
 
+pub mod slots;
+
 use core::alloc::Layout;
 use core::fmt;
 
@@ -77,6 +79,19 @@ impl fmt::Display for Broken {
     }
 }
 
+/// What an engine did over its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Totals {
+    /// Blocks cut.
+    pub allocs: u64,
+    /// Blocks taken back.
+    pub frees: u64,
+    /// Usable bytes of all blocks cut, growth in place included.
+    pub alloc_bytes: u64,
+    /// Most usable bytes live at once since the peak was last reset.
+    pub peak_bytes: usize,
+}
+
 /// What every engine does.
 ///
 /// # Safety
@@ -147,6 +162,15 @@ pub unsafe trait Engine: Send {
     /// # Safety
     /// No block of this engine is used or freed after.
     unsafe fn reset(&mut self);
+
+    /// Finishes what was put off for speed, so that every answer below is exact and free memory is whole.
+    fn settle(&mut self) {}
+
+    /// What the engine did so far, after [`settle`](Engine::settle).
+    fn totals(&self) -> Totals;
+
+    /// Starts the peak anew from what is live.
+    fn reset_peak(&mut self);
 
     /// Blocks that are live.
     fn live_blocks(&self) -> usize;
