@@ -340,8 +340,12 @@ impl<H: Home> SpanTable<H> {
     /// Removes an idle span of at most `at_most` bytes, the largest such.
     pub(super) fn remove_idle(&mut self, at_most: usize) -> Option<Span> {
         let idle = |span: &&MapSpan| span.free_count == span.slots && span.span.len <= at_most;
-        let (at, &MapSpan { span, slots, map, .. }) =
-            self.all().iter().enumerate().filter(|(_, span)| idle(span)).max_by_key(|(_, span)| span.span.len)?;
+        let (at, &MapSpan { span, slots, map, .. }) = self
+            .all()
+            .iter()
+            .enumerate()
+            .filter(|(_, span)| idle(span))
+            .max_by_key(|(_, span)| span.span.len)?;
         // SAFETY: claimed for this span when it was added, and forgotten with it.
         unsafe { H::release(map, slots) };
         self.spans.copy_within(at + 1..self.count, at);
@@ -435,7 +439,13 @@ impl<H: Home> SpanTable<H> {
                 return broken("4: fresh slots are free", span.base);
             }
             let (cursor, word) = self.cursor;
-            let skipped = if at < cursor { span.slots } else if at == cursor { word * 64 } else { 0 };
+            let skipped = if at < cursor {
+                span.slots
+            } else if at == cursor {
+                word * 64
+            } else {
+                0
+            };
             if span.next_free(0).is_some_and(|slot| slot < skipped) {
                 return broken("the cursor skips nothing", span.base);
             }

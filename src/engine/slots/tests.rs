@@ -124,8 +124,8 @@ fn storm<H: Home>(block: usize, align: usize, seed: u64) {
     let totals = engine.totals();
     assert_eq!((totals.allocs, engine.live_bytes()), (totals.frees, 0));
     let (free, largest) = engine.free_bytes();
-    assert!(free > 60 << 10 || block > 512, "{free}");
-    assert!(largest > 39 << 10 || block > 512, "{largest}");
+    assert!(free > 58 << 10 || block > 512, "{free}");
+    assert!(largest > 37 << 10 || block > 512, "{largest}");
     for len in [40 << 10, 16 << 10, 8 << 10] {
         assert_eq!(engine.remove_idle(usize::MAX).map(|span| span.len), Some(len), "whole, largest first");
     }
@@ -134,7 +134,9 @@ fn storm<H: Home>(block: usize, align: usize, seed: u64) {
 
 #[test]
 fn random_operations_hold_every_invariant() {
-    for (seed, (block, align)) in [(64, 16), (8, 8), (48, 16), (100, 4), (512, 512), (3000, 8)].iter().enumerate() {
+    for (seed, (block, align)) in
+        [(64, 16), (8, 8), (48, 16), (100, 4), (512, 512), (3000, 8)].iter().enumerate()
+    {
         storm::<InSpan>(*block, *align, seed as u64 * 2 + 3);
         storm::<Beside>(*block, *align, seed as u64 * 2 + 1001);
     }
