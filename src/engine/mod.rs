@@ -11,6 +11,7 @@ use core::alloc::Layout;
 use core::fmt;
 
 use crate::base::error::PointerFault;
+use crate::base::stats::HISTOGRAM_BUCKETS;
 
 /// A stretch of memory given to an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +106,33 @@ pub unsafe trait Engine: Send {
     /// The span overlaps none added before, and stays valid and unused by others until removed. An engine
     /// whose books lie inside the memory needs it writable.
     unsafe fn add(&mut self, span: Span) -> Result<(), Span>;
+
+    /// Whether the engine calls code of the user's (a policy), which might call the pool again.
+    fn calls_out(&self) -> bool {
+        true
+    }
+
+    /// Length of a span that has room for `payload` bytes of blocks.
+    fn span_len(&self, payload: usize) -> Option<usize> {
+        Some(payload)
+    }
+
+    /// Bytes for blocks in a span of `span_len` bytes; what a pool counts as reserved.
+    fn payload(&self, span_len: usize) -> usize {
+        span_len
+    }
+
+    /// Payload of a span, aligned as `layout`, that surely serves `layout`.
+    fn need(&self, layout: Layout) -> Option<usize>;
+
+    /// Bytes that are sure to be served without a further span.
+    fn ready(&self) -> usize {
+        self.free_bytes().1
+    }
+
+    /// Adds to `buckets` how many blocks of each size were cut; buckets as in
+    /// [`MemoryStats::size_histogram`](crate::base::stats::MemoryStats::size_histogram).
+    fn count_sizes(&self, buckets: &mut [u64; HISTOGRAM_BUCKETS]);
 
     /// Cuts a block; `None` when nothing fits. The size is not 0.
     fn alloc(&mut self, layout: Layout) -> Option<Block>;

@@ -218,6 +218,17 @@ impl<H: Home> SpanTable<H> {
         &self.spans[..self.count]
     }
 
+    /// Slots that fit in `room` bytes together with their map.
+    pub(super) fn slots_in(room: usize, block: usize) -> usize {
+        let mut slots = room / block;
+        while slots > 0 && slots * block + H::overhead(slots) > room {
+            // Each slot less frees a block and at most its share of the map.
+            let missing = slots * block + H::overhead(slots) - room;
+            slots -= missing.div_ceil(block + 16).min(slots);
+        }
+        slots
+    }
+
     /// # Safety
     /// As for [`Engine::add`](crate::engine::Engine::add).
     pub(super) unsafe fn add(&mut self, span: Span, align: usize) -> Result<(), Span> {
@@ -226,16 +237,11 @@ impl<H: Home> SpanTable<H> {
             return Err(span);
         };
         let room = end.saturating_sub(first);
-        let mut slots = room / block;
-        while slots > 0 && slots * block + H::overhead(slots) > room {
-            // Each slot less frees a block and at most its share of the map.
-            let missing = slots * block + H::overhead(slots) - room;
-            slots -= missing.div_ceil(block + 16).min(slots);
-        }
+        let slots = Self::slots_in(room, block);
         if slots == 0 || self.count == MAX_SPANS {
             return Err(span);
         }
-        // SAFETY: the caller's contract; the loop left room for the map.
+        // SAFETY: the caller's contract; `slots_in` left room for the map.
         let Some(map) = (unsafe { H::claim(&span, slots) }) else { return Err(span) };
         let at = self.all().partition_point(|other| other.base < first);
         self.spans.copy_within(at..self.count, at + 1);

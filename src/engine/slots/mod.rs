@@ -39,6 +39,7 @@ use map::SpanTable;
 use super::{Block, Broken, CpuSpace, Engine, Serves, Space, Span, Totals};
 use crate::base::bits::round_up;
 use crate::base::error::PointerFault;
+use crate::base::stats::{HISTOGRAM_BUCKETS, MemoryStats};
 
 /// The engine of fixed-size pools. `H` says where the maps are kept, and with that whether the blocks
 /// themselves may be touched.
@@ -60,6 +61,8 @@ pub struct Slots<H: Home = InSpan> {
     peak: usize,
     /// Tail slots of the runs that were freed.
     tails_freed: u64,
+    /// Runs cut, by size.
+    runs: [u64; HISTOGRAM_BUCKETS],
     spans: SpanTable<H>,
 }
 
@@ -77,6 +80,7 @@ impl<H: Home> Slots<H> {
             taken: 0,
             peak: 0,
             tails_freed: 0,
+            runs: [0; HISTOGRAM_BUCKETS],
             spans: SpanTable::new(block),
         })
     }
@@ -91,12 +95,6 @@ impl<H: Home> Slots<H> {
     #[inline]
     pub fn block_align(&self) -> usize {
         self.align
-    }
-
-    /// The length a span needs for a run of `size` bytes.
-    pub fn span_for(&self, size: usize) -> Option<usize> {
-        let slots = size.div_ceil(self.block).max(1);
-        slots.checked_mul(self.block)?.checked_add(H::overhead(slots))
     }
 
     #[inline]
@@ -126,6 +124,9 @@ impl<H: Home> Slots<H> {
         let (start, zeroed) = self.spans.take_run(slots, layout.align())?;
         self.note_taken(slots);
         self.tails += slots - 1;
+        if slots > 1 {
+            self.runs[MemoryStats::bucket(slots * self.block)] += 1;
+        }
         let size = slots * self.block;
         Some(Block { start, size, dirty: if zeroed { 0 } else { size } })
     }
@@ -191,6 +192,34 @@ unsafe impl<H: Home> Engine for Slots<H> {
     unsafe fn add(&mut self, span: Span) -> Result<(), Span> {
         // SAFETY: the caller's contract.
         unsafe { self.spans.add(span, self.align) }
+    }
+
+    #[inline]
+    fn calls_out(&self) -> bool {
+        false
+    }
+
+    fn span_len(&self, payload: usize) -> Option<usize> {
+        let slots = payload.div_ceil(self.block).max(1);
+        slots.checked_mul(self.block)?.checked_add(H::overhead(slots))
+    }
+
+    fn payload(&self, span_len: usize) -> usize {
+        SpanTable::<H>::slots_in(span_len, self.block) * self.block
+    }
+
+    fn need(&self, layout: Layout) -> Option<usize> {
+        layout.size().div_ceil(self.block).max(1).checked_mul(self.block)
+    }
+
+    fn ready(&self) -> usize {
+        self.free_bytes().0
+    }
+
+    fn count_sizes(&self, buckets: &mut [u64; HISTOGRAM_BUCKETS]) {
+        let runs: u64 = self.runs.iter().sum();
+        buckets[MemoryStats::bucket(self.block)] += self.totals().allocs - runs;
+        buckets.iter_mut().zip(&self.runs).for_each(|(bucket, count)| *bucket += count);
     }
 
     #[inline]
