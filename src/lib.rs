@@ -1,12 +1,17 @@
 //! One set of pools for host, pinned, managed, device and persistent memory.
 
+#![cfg_attr(feature = "nightly", feature(allocator_api))]
+
+mod api;
 pub mod base;
 pub mod engine;
 pub mod observe;
 pub mod source;
 
+pub use api::PoolBox;
 pub use base::config::{AllocatorType, DebugConfig, OnFinding, PoolConfig, Strategy, SyncType};
 pub use base::error::{Error, ErrorCategory, Result};
+pub use base::host::HostPool;
 pub use base::policy::{FreeRange, Policy, Request};
 pub use base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
 pub use base::stats::MemoryStats;

@@ -3,6 +3,7 @@
 pub(crate) mod bits;
 pub mod config;
 pub mod error;
+pub mod host;
 pub mod policy;
 pub mod pool;
 pub mod stats;

@@ -1,0 +1,7 @@
+//! How programs hold pool memory: the allocator traits of the ecosystem and an owning box, for every pool
+//! whose memory the CPU may touch.
+
+mod allocator;
+mod boxed;
+
+pub use boxed::PoolBox;
