@@ -1,5 +1,6 @@
 //! One set of pools for host, pinned, managed, device and persistent memory.
 
+#![warn(unreachable_pub)]
 #![cfg_attr(feature = "nightly", feature(allocator_api))]
 
 mod api;
