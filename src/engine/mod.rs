@@ -5,6 +5,7 @@
 //! plain numbers, because some of the memory served here no CPU can touch; engines that keep their books
 //! inside free blocks say so by their store's type.
 
+pub mod ranges;
 pub mod slots;
 
 use core::alloc::Layout;

@@ -1,0 +1,435 @@
+//! Books inside the memory itself: 8 bytes in front of each block, and what free blocks have room for.
+//!
+//! ```text
+//!             start-8     start                                   start+size-16   start+size-8
+//!  live      | head     | usable part ...                                        | head of the right
+//!  free      | head     | link 0 | link 1 | fresh | ...          | size          | neighbour
+//!  span end  | head, size 0                         (a block of size 32: link 0, link 1, size)
+//!  span      | start | length | left | right |      padding      | head of the first block
+//!
+//!  head: bits 63..48 tag | 47..4 size | 3 unused | 2 FRESH | 1 PREV_FREE | 0 LIVE
+//! ```
+//!
+//! 1. Every word named above lies in a span, which its adder left to us, is aligned to 8, and is written
+//!    before it is read. Nothing else of a live block is touched.
+//! 2. An `Id` is the start of a block whose head is in place; 0 is none.
+//! 3. The tag is a hash of the head's address and the seed. A head that ends (its block was merged) is
+//!    overwritten, so a head with the right tag is one that we wrote for a block that is still there, but for
+//!    one chance in 65536 and contents forged on purpose.
+//! 4. `PREV_FREE` says that the left neighbour is free; its size then stands right in front of the head, in
+//!    the same 16 bytes. So coalescing to both sides touches two lines besides those of the free lists.
+//! 5. `FRESH` says of a free block of at least 48 bytes that everything from the address in its third word on
+//!    reads as zero, but for its last word and its first three.
+
+use core::ptr;
+
+use super::store::{Extent, Nodes, Store};
+use super::treap::{self, Tree, View};
+use crate::base::bits::{is_aligned, round_down, round_up};
+use crate::engine::Span;
+
+const LIVE: u64 = 1;
+const PREV_FREE: u64 = 2;
+const FRESH: u64 = 4;
+const SIZE: u64 = (1 << 48) - 16;
+const TAG_SHIFT: u32 = 48;
+
+const HEAD: usize = 8;
+const MIN: usize = 32;
+/// Smallest free block with room for the third word.
+const MIN_FRESH: usize = 48;
+const SPAN_HEAD: usize = 32;
+
+/// A store whose books lie in the memory that it serves. Only for memory that the CPU may touch; it calls
+/// nothing and allocates nothing.
+#[derive(Debug)]
+pub struct InBlocks {
+    granule: usize,
+    seed: u64,
+    /// Tree of span heads.
+    spans: usize,
+}
+
+/// # Safety
+/// `at` is the address of one of the words of invariant 1.
+#[inline(always)]
+unsafe fn read(at: usize) -> u64 {
+    // SAFETY: invariant 1; whoever added the span exposed its provenance.
+    unsafe { *ptr::with_exposed_provenance::<u64>(at) }
+}
+
+/// # Safety
+/// As for `read`.
+#[inline(always)]
+unsafe fn write(at: usize, word: u64) {
+    // SAFETY: invariant 1; whoever added the span exposed its provenance.
+    unsafe { *ptr::with_exposed_provenance_mut::<u64>(at) = word }
+}
+
+impl Store for InBlocks {}
+
+impl InBlocks {
+    #[inline(always)]
+    fn head(&self, id: usize) -> u64 {
+        // SAFETY: invariants 1 and 2.
+        unsafe { read(id - HEAD) }
+    }
+
+    #[inline(always)]
+    fn set_head(&mut self, id: usize, head: u64) {
+        // SAFETY: invariants 1 and 2.
+        unsafe { write(id - HEAD, head) }
+    }
+
+    #[inline(always)]
+    fn tag(&self, id: usize) -> u64 {
+        (id as u64 ^ self.seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) & (!0 << TAG_SHIFT)
+    }
+
+    /// Writes the size of the free block behind its last byte but eight.
+    #[inline(always)]
+    fn set_foot(&mut self, id: usize, size: usize) {
+        // SAFETY: invariant 1; the block is free and this is its last word.
+        unsafe { write(id + size - 2 * HEAD, size as u64) }
+    }
+
+    /// From where on a free block reads as zero; its end if it has no such part.
+    #[inline]
+    fn fresh_from(&self, id: usize) -> usize {
+        let head = self.head(id);
+        if head & FRESH != 0 {
+            // SAFETY: invariants 1 and 5.
+            unsafe { read(id + 16) as usize }
+        } else {
+            id + (head & SIZE) as usize
+        }
+    }
+
+    /// Notes in a free block (or one being freed) of `size` bytes from where on it reads as zero.
+    #[inline]
+    fn set_fresh_from(&mut self, id: usize, size: usize, from: usize) {
+        let from = from.max(id);
+        if size >= MIN_FRESH && from < id + size {
+            // SAFETY: invariant 1; the block has room for the third word.
+            unsafe { write(id + 16, from as u64) };
+            self.set_head(id, self.head(id) | FRESH);
+        }
+    }
+
+    /// Makes the words of a free block zero, but for its last.
+    #[inline]
+    fn wipe(&mut self, id: usize) {
+        for word in 0..3 {
+            // SAFETY: invariant 1.
+            unsafe { write(id + word * 8, 0) };
+        }
+    }
+
+    /// First block and end mark of a span; `None` if it has no room for a block.
+    fn bounds(&self, span: Span) -> Option<(usize, usize, usize)> {
+        let place = round_up(span.start, 8)?;
+        let first = round_up(place.checked_add(SPAN_HEAD + HEAD)?, self.granule)?;
+        let end = round_down(span.start.checked_add(span.len)?, self.granule);
+        let room = end.checked_sub(first)?;
+        (room >= MIN && room as u64 <= SIZE).then_some((place, first, end))
+    }
+
+    fn extent(&self, place: usize) -> Extent<usize> {
+        // SAFETY: invariant 1: `place` is the head of a span.
+        let (start, len) = unsafe { (read(place) as usize, read(place + 8) as usize) };
+        let span = Span { start, len, zeroed: false };
+        Extent {
+            span,
+            first: (place + SPAN_HEAD + HEAD).next_multiple_of(self.granule),
+            end: round_down(start + len, self.granule),
+        }
+    }
+
+    /// Writes one free block from `first` to `end`, zero from `fresh` on.
+    fn lay(&mut self, first: usize, end: usize, fresh: usize) {
+        let size = end - first;
+        self.set_head(first, self.tag(first) | size as u64);
+        self.set_foot(first, size);
+        self.set_head(end, self.tag(end) | LIVE | PREV_FREE);
+        self.set_fresh_from(first, size, fresh);
+    }
+}
+
+impl Nodes for InBlocks {
+    type Id = usize;
+    const NONE: usize = 0;
+    const HEAD: usize = HEAD;
+    const MIN: usize = MIN;
+
+    fn new(granule: usize) -> Self {
+        Self { granule, seed: 0x5eed_0000_b00c, spans: 0 }
+    }
+
+    fn span_books(granule: usize) -> usize {
+        (SPAN_HEAD + HEAD).next_multiple_of(granule)
+    }
+
+    unsafe fn add_span(&mut self, span: Span) -> Result<usize, Span> {
+        let (place, first, end) = self.bounds(span).ok_or(span)?;
+        for (word, value) in [span.start, span.len, 0, 0].into_iter().enumerate() {
+            // SAFETY: `bounds` saw that the head fits, and the caller left the span to us.
+            unsafe { write(place + word * 8, value as u64) };
+        }
+        let mut root = self.spans;
+        treap::insert(&mut Spans, &mut root, place);
+        self.spans = root;
+        self.lay(first, end, if span.zeroed { first } else { end });
+        Ok(first)
+    }
+
+    fn remove_span(&mut self, extent: &Extent<usize>) {
+        treap::remove(&mut Spans, &mut self.spans, extent.span.start.next_multiple_of(8));
+    }
+
+    fn reset(&mut self, mut visit: impl FnMut(&mut Self, usize)) {
+        // A new seed makes every old head invalid (invariant 3).
+        self.seed = self.seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let mut next = self.span_from(0);
+        while let Some(Extent { span, first, end }) = next {
+            let mut fresh = end;
+            if let Some(tail) = self.prev_free(end) {
+                fresh = self.fresh_from(tail);
+                if fresh < end {
+                    // The tail's own words become part of the zeroes behind `fresh`.
+                    self.wipe(tail);
+                    self.set_head(tail, 0);
+                }
+            }
+            self.lay(first, end, fresh);
+            visit(self, first);
+            next = self.span_from(span.start + 1);
+        }
+    }
+
+    fn span_of(&self, address: usize) -> Option<Extent<usize>> {
+        let mut at = self.spans;
+        while at != 0 {
+            let Extent { span, .. } = self.extent(at);
+            if address < span.start {
+                at = Spans.child(at, 0);
+            } else if address - span.start < span.len {
+                return Some(self.extent(at));
+            } else {
+                at = Spans.child(at, 1);
+            }
+        }
+        None
+    }
+
+    fn span_from(&self, address: usize) -> Option<Extent<usize>> {
+        let at = treap::first(&Spans, self.spans, |_, at| self.extent(at).span.start >= address)?;
+        Some(self.extent(at))
+    }
+
+    #[inline(always)]
+    fn prepare(&mut self) -> bool {
+        true
+    }
+
+    fn find(&self, start: usize) -> Option<usize> {
+        let Extent { first, end, .. } = self.span_of(start)?;
+        if start < first || start >= end || !is_aligned(start, self.granule) {
+            return None;
+        }
+        let head = self.head(start);
+        let size = (head & SIZE) as usize;
+        // FRESH is a free block's, and PREV_FREE may be either way.
+        let expected = self.tag(start) | LIVE;
+        if head & !(SIZE | PREV_FREE) != expected || size < MIN || size > end - start {
+            return None;
+        }
+        let next = start + size;
+        let follows = is_aligned(next, self.granule)
+            && self.head(next) & ((!0 << TAG_SHIFT) | PREV_FREE) == self.tag(next);
+        follows.then_some(start)
+    }
+
+    #[inline(always)]
+    unsafe fn at(&self, start: usize) -> usize {
+        debug_assert!(self.head(start) & (LIVE | !0 << TAG_SHIFT) == self.tag(start) | LIVE);
+        start
+    }
+
+    #[inline(always)]
+    fn note(&mut self, _: usize) {}
+
+    #[inline(always)]
+    fn forget(&mut self, _: usize) {}
+
+    #[inline(always)]
+    fn start(&self, id: usize) -> usize {
+        id
+    }
+
+    #[inline(always)]
+    fn size(&self, id: usize) -> usize {
+        (self.head(id) & SIZE) as usize
+    }
+
+    #[inline(always)]
+    fn is_free(&self, id: usize) -> bool {
+        self.head(id) & LIVE == 0
+    }
+
+    #[inline(always)]
+    fn next(&self, id: usize) -> usize {
+        id + self.size(id)
+    }
+
+    #[inline(always)]
+    fn prev_free(&self, id: usize) -> Option<usize> {
+        if self.head(id) & PREV_FREE == 0 {
+            return None;
+        }
+        // SAFETY: invariants 1 and 4.
+        Some(id - unsafe { read(id - 2 * HEAD) as usize })
+    }
+
+    #[inline]
+    fn cut(&mut self, id: usize, size: usize) -> usize {
+        let head = self.head(id);
+        let rest = id + size;
+        let rest_size = (head & SIZE) as usize - size;
+        let fresh = if head & FRESH != 0 { self.fresh_from(id) } else { rest + rest_size };
+        self.set_head(id, (head & !SIZE) | size as u64);
+        if head & LIVE != 0 {
+            self.set_head(rest, self.tag(rest) | rest_size as u64 | LIVE);
+        } else {
+            self.set_head(rest, self.tag(rest) | rest_size as u64 | PREV_FREE);
+            self.set_foot(rest, rest_size);
+            if head & FRESH != 0 {
+                self.set_fresh_from(rest, rest_size, fresh);
+            }
+        }
+        rest
+    }
+
+    #[inline]
+    fn merge(&mut self, id: usize, right: usize) {
+        let size = self.size(id) + self.size(right);
+        let right_head = self.head(right);
+        self.set_head(id, (self.head(id) & !(SIZE | FRESH)) | size as u64);
+        if right_head & FRESH != 0 {
+            let fresh = self.fresh_from(right);
+            self.wipe(right);
+            self.set_fresh_from(id, size, fresh);
+        }
+        // Invariant 3.
+        self.set_head(right, 0);
+    }
+
+    #[inline]
+    fn push_border(&mut self, id: usize, right: usize, by: usize) -> usize {
+        let right_head = self.head(right);
+        let (new, new_size) = (right + by, (right_head & SIZE) as usize - by);
+        let fresh = self.fresh_from(right);
+        if right_head & FRESH != 0 {
+            // Of these words some may come to lie behind the new block's own.
+            self.wipe(right);
+        }
+        self.set_head(right, 0);
+        self.set_head(id, self.head(id) + by as u64);
+        self.set_head(new, self.tag(new) | new_size as u64);
+        self.set_foot(new, new_size);
+        self.set_fresh_from(new, new_size, fresh);
+        new
+    }
+
+    #[inline]
+    fn set_live(&mut self, id: usize) -> usize {
+        let head = self.head(id);
+        let size = (head & SIZE) as usize;
+        let mut dirty = size - HEAD;
+        if head & FRESH != 0 {
+            dirty = self.fresh_from(id).saturating_sub(id).min(dirty);
+            self.wipe(id);
+            // SAFETY: invariant 1: the block's last word, which may be its foot.
+            unsafe { write(id + size - 2 * HEAD, 0) };
+        }
+        self.set_head(id, (head & !FRESH) | LIVE);
+        let next = id + size;
+        self.set_head(next, self.head(next) & !PREV_FREE);
+        dirty
+    }
+
+    #[inline]
+    fn set_free(&mut self, id: usize) {
+        let head = self.head(id);
+        let size = (head & SIZE) as usize;
+        self.set_head(id, head & !LIVE);
+        if head & FRESH != 0 && (size < MIN_FRESH || self.fresh_from(id) >= id + size) {
+            self.set_head(id, head & !(LIVE | FRESH));
+        }
+        self.set_foot(id, size);
+        self.set_head(id + size, self.head(id + size) | PREV_FREE);
+    }
+
+    #[inline(always)]
+    fn link(&self, id: usize, side: usize) -> usize {
+        // SAFETY: invariants 1 and 2; the block is free.
+        unsafe { read(id + side * 8) as usize }
+    }
+
+    #[inline(always)]
+    fn set_link(&mut self, id: usize, side: usize, to: usize) {
+        // SAFETY: invariants 1 and 2; the block is free.
+        unsafe { write(id + side * 8, to as u64) }
+    }
+
+    fn check(&self, id: usize) -> Result<(), &'static str> {
+        let head = self.head(id);
+        let size = (head & SIZE) as usize;
+        if head & (!0 << TAG_SHIFT) != self.tag(id) {
+            return Err("in blocks 3: a block's head bears its tag");
+        }
+        if head & LIVE != 0 {
+            return if head & FRESH == 0 { Ok(()) } else { Err("in blocks 5: only free blocks are fresh") };
+        }
+        // SAFETY: invariant 1.
+        if self.head(id + size) & PREV_FREE == 0 || unsafe { read(id + size - 16) } != size as u64 {
+            return Err("in blocks 4: the right neighbour knows of a free block and its size");
+        }
+        let from = (id + 24).max(self.fresh_from(id)).next_multiple_of(8);
+        let words = (from..id + size - 16).step_by(8);
+        // All of a small block, a sample of a large one.
+        let step = (words.len() / 256).max(1);
+        // SAFETY: the words lie in a free block of our spans; being fresh, they are initialised.
+        if words.step_by(step).any(|at| unsafe { read(at) } != 0) {
+            return Err("in blocks 5: what is called fresh reads as zero");
+        }
+        Ok(())
+    }
+}
+
+/// The spans by address; a node is the address of a span's head.
+struct Spans;
+
+impl View for Spans {
+    type Id = usize;
+    const NONE: usize = 0;
+
+    fn child(&self, node: usize, side: usize) -> usize {
+        // SAFETY: `InBlocks` invariant 1: nodes are heads of spans.
+        unsafe { read(node + 16 + side * 8) as usize }
+    }
+
+    fn before(&self, a: usize, b: usize) -> bool {
+        a < b
+    }
+
+    fn above(&self, a: usize, b: usize) -> bool {
+        treap::scatter(a) > treap::scatter(b)
+    }
+}
+
+impl Tree for Spans {
+    fn set_child(&mut self, node: usize, side: usize, child: usize) {
+        // SAFETY: as in `child`.
+        unsafe { write(node + 16 + side * 8, child as u64) }
+    }
+}
