@@ -7,6 +7,7 @@ mod api;
 pub mod base;
 pub mod engine;
 pub mod observe;
+pub mod pool;
 pub mod source;
 
 pub use api::PoolBox;
@@ -16,3 +17,4 @@ pub use base::host::HostPool;
 pub use base::policy::{FreeRange, Policy, Request};
 pub use base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
 pub use base::stats::MemoryStats;
+pub use pool::{AnyPool, FixedPool, LocalFixedPool, LocalVariablePool, VariablePool};

@@ -12,6 +12,9 @@ use core::ptr::NonNull;
 
 use crate::base::error::Result;
 use crate::base::host::{HostPool, dangling};
+use crate::observe::Observer;
+use crate::pool::{AnyPool, Front, LocalPool, Pool, PoolEngine};
+use crate::source::Source;
 
 #[inline]
 pub(super) fn allocate<P: HostPool + ?Sized>(
@@ -166,4 +169,10 @@ macro_rules! allocators {
             [$($generics)*] $pool
         );
     )*};
+}
+
+allocators! {
+    [F: Front, S: Source, O: Observer] Pool<F, S, O>;
+    [E: PoolEngine, S: Source, O: Observer] LocalPool<E, S, O>;
+    [] AnyPool;
 }

@@ -87,6 +87,8 @@ pub enum OomReason {
     Limit(usize),
     /// The memory handed in by the caller, which cannot grow; its size in bytes.
     Fixed(usize),
+    /// The pool's free memory, where the request forbade asking the source.
+    NoGrow,
     /// Larger than one block of this pool can ever be; that size in bytes.
     TooLarge(usize),
     /// Size and alignment together overflow the address space.
@@ -294,6 +296,9 @@ impl fmt::Display for OomReason {
             Self::Source => f.write_str("the source has no more; free or trim something, then retry"),
             Self::Limit(max) => write!(f, "past max_size = {max}; free something or raise `max_size`"),
             Self::Fixed(len) => write!(f, "the {len} bytes handed in cannot grow; hand in more"),
+            Self::NoGrow => {
+                f.write_str("nothing that fits is free; reserve it before, or allow growth (no NO_GROW)")
+            }
             Self::TooLarge(max) => write!(f, "this pool serves at most {max}; use a variable pool"),
             Self::Overflow => f.write_str("more than the address space holds; check the size computation"),
         }
@@ -352,6 +357,7 @@ mod tests {
             Error::oom(1, OomReason::Source),
             Error::oom(1, OomReason::Limit(2)),
             Error::oom(1, OomReason::Fixed(2)),
+            Error::oom(1, OomReason::NoGrow),
             Error::oom(1, OomReason::TooLarge(2)),
             Error::oom(1, OomReason::Overflow),
             Error::InvalidOperation(Refusal::StillLive(3)),

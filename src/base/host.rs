@@ -98,5 +98,6 @@ unsafe impl<P: HostPool + ?Sized> HostPool for &P {
 /// The empty block that serves a size of 0: aligned as asked, and nothing behind it.
 #[inline]
 pub(crate) fn dangling(layout: Layout) -> NonNull<[u8]> {
-    NonNull::slice_from_raw_parts(layout.dangling_ptr(), 0)
+    let align = core::num::NonZero::new(layout.align()).unwrap_or(core::num::NonZero::<usize>::MIN);
+    NonNull::slice_from_raw_parts(NonNull::without_provenance(align), 0)
 }

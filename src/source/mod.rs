@@ -76,7 +76,7 @@ pub unsafe trait Source: Send + Sync + fmt::Debug {
     }
 
     /// Grows or shrinks a region, moving it if `may_move`; `None` where the source cannot (the region is then
-    /// as it was).
+    /// as it was). `zeroed` of the result says whether what was gained is known to be zero.
     ///
     /// # Safety
     /// As for `release`; on success only the returned region is valid.

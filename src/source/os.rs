@@ -294,7 +294,7 @@ unsafe impl Source for Os {
         let len = round_up(new_len, self.granularity())?;
         // SAFETY: the caller's contract.
         let base = unsafe { remap(region.base, region.len, len, may_move) }?;
-        Some(Region { base, len, zeroed: false })
+        Some(Region { base, len, zeroed: true })
     }
 }
 

@@ -3,8 +3,8 @@
 //! The free extents of the slice form a list, sorted by address and kept in the extents themselves.
 //!
 //! Invariants:
-//! 1. Every extent starts at a multiple of [`GRANULE`] inside the slice, is a multiple of it long, and begins
-//!    with a valid [`Extent`] that nobody else touches.
+//! 1. Every extent starts at a multiple of `GRANULE` inside the slice, is a multiple of it long, and begins
+//!    with a valid `Extent` that nobody else touches.
 //! 2. Extents neither overlap nor touch each other, and overlap no region that is handed out.
 //!
 //! One lock guards the list.

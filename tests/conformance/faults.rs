@@ -14,10 +14,7 @@ pub type Faulty = Arc<Failing<Os>>;
 
 /// Runs the same work with call `n` of the source failing, for every `n` the work makes, and with all calls
 /// from `n` on failing.
-pub fn every_call_may_fail<P: Pool>(
-    subject: &Subject,
-    make: &dyn Fn(PoolConfig, Faulty) -> Result<P>,
-) {
+pub fn every_call_may_fail<P: Pool>(subject: &Subject, make: &dyn Fn(PoolConfig, Faulty) -> Result<P>) {
     let config = subject.config.clone().initial_size(16 << 10);
     let source = Arc::new(Failing::new(Os::new()));
     work(subject, make(config.clone(), source.clone()));
@@ -26,7 +23,11 @@ pub fn every_call_may_fail<P: Pool>(
     for n in 0..calls {
         for lasting in [false, true] {
             let source = Arc::new(Failing::new(Os::new()));
-            if lasting { source.fail_from(n) } else { source.fail_at(n) }
+            if lasting {
+                source.fail_from(n)
+            } else {
+                source.fail_at(n)
+            }
             work(subject, make(config.clone(), source.clone()));
             assert_eq!(source.outstanding(), 0, "{}: call {n} leaked", subject.name);
         }

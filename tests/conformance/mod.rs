@@ -212,7 +212,9 @@ impl Held {
     fn probes(&self) -> impl Iterator<Item = usize> + use<> {
         let len = self.len;
         let dense = len.min(256);
-        (0..dense).chain((dense..len.saturating_sub(64)).step_by(61)).chain(len.saturating_sub(64).max(dense)..len)
+        (0..dense)
+            .chain((dense..len.saturating_sub(64)).step_by(61))
+            .chain(len.saturating_sub(64).max(dense)..len)
     }
 }
 

@@ -33,7 +33,8 @@ use core::alloc::Layout;
 use core::ptr;
 
 pub use home::{Beside, Home, InSpan};
-pub(crate) use map::Divider;
+#[cfg(test)]
+use map::Divider;
 use map::SpanTable;
 
 use super::{Block, Broken, CpuSpace, Engine, Serves, Space, Span, Totals};

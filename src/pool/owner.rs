@@ -1,0 +1,28 @@
+//! Which thread a pool belongs to.
+
+/// The thread that may use a pool, if it is one alone.
+#[derive(Debug)]
+pub(super) struct Owner {
+    /// Its token; 0 where every thread may.
+    thread: usize,
+}
+
+/// A number that no two live threads share: the address of a variable that each has its own of.
+#[inline]
+fn token() -> usize {
+    thread_local!(static MARK: u8 = const { 0 });
+    MARK.with(|mark| core::ptr::from_ref(mark) as usize)
+}
+
+impl Owner {
+    /// Everybody, or the calling thread.
+    pub(super) fn new(everybody: bool) -> Self {
+        Self { thread: if everybody { 0 } else { token() } }
+    }
+
+    /// Whether the calling thread may use the pool.
+    #[inline]
+    pub(super) fn admits(&self) -> bool {
+        self.thread == 0 || self.thread == token()
+    }
+}
