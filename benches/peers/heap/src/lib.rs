@@ -1,0 +1,116 @@
+//! Workloads that every program of this package runs on its own global allocator.
+//!
+//! `PROGRAM WORKLOAD` prints one number a line: nanoseconds an operation, milliseconds, or MiB, as
+//! [`WORKLOADS`] says. `PROGRAM` alone prints the names.
+
+mod memory;
+mod pairs;
+mod programs;
+mod threads;
+
+/// What a workload's number is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// Nanoseconds an operation.
+    Nanoseconds,
+    /// Milliseconds in all.
+    Milliseconds,
+    /// Mebibytes.
+    Mebibytes,
+}
+
+/// One row, or several, of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct Workload {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// What each of its numbers is called.
+    pub rows: &'static [&'static str],
+    /// Their unit.
+    pub unit: Unit,
+    run: fn() -> Vec<f64>,
+}
+
+macro_rules! workloads {
+    ($($name:literal [$($row:literal),*] $unit:ident $run:expr;)*) => {
+        /// All workloads.
+        pub const WORKLOADS: &[Workload] =
+            &[$(Workload { name: $name, rows: &[$($row),*], unit: Unit::$unit, run: $run }),*];
+    };
+}
+
+workloads! {
+    "pairs" ["pair 16 B", "pair 64 B", "pair 256 B", "pair 1 KiB", "pair 8 KiB", "pair 64 KiB"]
+        Nanoseconds pairs::unknown_sizes;
+    "box" ["Box<[u64; 8]>"] Nanoseconds pairs::constant_size;
+    "random" ["1000 random objects"] Nanoseconds pairs::random_lifetimes;
+    "random2" ["the same on two threads"] Nanoseconds pairs::random_lifetimes_on_two;
+    "random_all" ["the same on all cores"] Nanoseconds pairs::random_lifetimes_on_all;
+    "pipe" ["producer and consumer"] Nanoseconds threads::producer_and_consumer;
+    "exchange" ["exchange between threads"] Nanoseconds threads::exchange;
+    "larson" ["larson-like"] Nanoseconds threads::larson;
+    "mstress" ["mstress-like, ms"] Milliseconds threads::mstress;
+    "json" ["JSON parse", "JSON drop", "JSON again"] Milliseconds programs::json;
+    "maps" ["maps and strings"] Milliseconds programs::maps;
+    "vec" ["Vec pushed to 64 MiB", "into a faulted buffer"] Milliseconds programs::vec_push;
+    "resident" ["1 GiB live", "95 % freed", "all freed", "2 s later"] Mebibytes memory::gibibyte;
+    "small" ["peak of a small program"] Mebibytes memory::small_program;
+}
+
+/// Runs the workload that the command line names.
+pub fn main(available: bool) {
+    if !available {
+        eprintln!("built without this allocator");
+        std::process::exit(3);
+    }
+    let Some(name) = std::env::args().nth(1) else {
+        return WORKLOADS.iter().for_each(|workload| println!("{}", workload.name));
+    };
+    let Some(workload) = WORKLOADS.iter().find(|workload| workload.name == name) else {
+        eprintln!("no workload {name}");
+        std::process::exit(2);
+    };
+    for figure in (workload.run)() {
+        println!("{figure:.3}");
+    }
+}
+
+/// xorshift: cheap enough not to be what is measured, and it allocates nothing.
+#[derive(Debug)]
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
+    }
+
+    #[inline]
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    #[inline]
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
+        (((self.next() >> 32) * bound as u64) >> 32) as usize
+    }
+
+    /// Between `low` and `high`, powers of two, each magnitude as likely.
+    pub(crate) fn log_uniform(&mut self, low: usize, high: usize) -> usize {
+        let magnitude = self.below((high / low).ilog2() as usize);
+        let base = low << magnitude;
+        base + self.below(base)
+    }
+}
+
+/// Nanoseconds since `start`, over `operations`.
+pub(crate) fn per_operation(start: std::time::Instant, operations: usize) -> f64 {
+    start.elapsed().as_nanos() as f64 / operations as f64
+}
+
+/// Cores this process may use.
+pub(crate) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
+}
