@@ -115,7 +115,7 @@ impl ActiveAllocation {
 /// `Allocator` is never ambiguous.
 ///
 /// ```
-/// use memory_pool::{CpuPool, FixedPool, MemoryPool, PoolConfig};
+/// use memory_pool::{FixedPool, MemoryPool, PoolConfig};
 /// use std::alloc::Layout;
 /// fn use_any(pool: &dyn MemoryPool) -> memory_pool::Result<()> {
 ///     let block = pool.allocate(Layout::new::<[u64; 4]>())?;
