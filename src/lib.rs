@@ -18,3 +18,8 @@ pub use base::policy::{FreeRange, Policy, Request};
 pub use base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
 pub use base::stats::MemoryStats;
 pub use pool::{AnyPool, FixedPool, LocalFixedPool, LocalVariablePool, VariablePool};
+
+/// The examples of the README, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeExamples;
