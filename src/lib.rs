@@ -12,11 +12,14 @@ pub mod source;
 
 pub use api::PoolBox;
 pub use base::config::{AllocatorType, DebugConfig, OnFinding, PoolConfig, Strategy, SyncType};
+pub use base::diagnostics::{Diagnostics, FindingLog, Operation, OperationKind};
 pub use base::error::{Error, ErrorCategory, Result};
+pub use base::finding::{Finding, FindingKind, LeakReport, Site};
 pub use base::host::HostPool;
 pub use base::policy::{FreeRange, Policy, Request};
 pub use base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
-pub use base::stats::MemoryStats;
+pub use base::stack::{Frame, Stack};
+pub use base::stats::{Latency, MemoryStats};
 pub use pool::{AnyPool, FixedPool, LocalFixedPool, LocalVariablePool, VariablePool};
 
 /// The examples of the README, compiled and run.

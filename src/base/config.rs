@@ -52,11 +52,14 @@ pub enum OnFinding {
 pub struct DebugConfig {
     /// Bytes of canary on each side of a block; 0 for none.
     pub canary: usize,
-    /// Fill fresh and freed memory with patterns, and check freed memory before reuse.
+    /// Fill fresh and freed memory with patterns. A write to a freed block is found when the block leaves the
+    /// quarantine, and on demand while it is in there.
     pub fill: bool,
-    /// Bytes of freed memory held back before reuse; 0 for none.
+    /// Bytes of freed memory held back before reuse, and one block at least; 0 for none.
     pub quarantine: usize,
-    /// Put each block against an inaccessible page.
+    /// Put each block against an inaccessible page: an access past it stops the program at once. Each block
+    /// then takes three pages or more. Freed blocks are inaccessible as long as the quarantine holds them.
+    /// Host memory only.
     pub guard_pages: bool,
     /// Remember the stack of each live allocation.
     pub stacks: bool,
@@ -64,6 +67,8 @@ pub struct DebugConfig {
     pub history: usize,
     /// Report what is live when the pool is dropped.
     pub leaks: bool,
+    /// Take the time of every allocation, for [`MemoryStats::latency`](crate::MemoryStats::latency).
+    pub latency: bool,
     /// What happens on a finding.
     pub on_finding: OnFinding,
 }
@@ -78,6 +83,7 @@ impl DebugConfig {
         stacks: false,
         history: 0,
         leaks: false,
+        latency: false,
         on_finding: OnFinding::Report,
     };
 
@@ -90,6 +96,7 @@ impl DebugConfig {
         stacks: true,
         history: 1024,
         leaks: true,
+        latency: false,
         on_finding: OnFinding::Report,
     };
 
@@ -102,6 +109,7 @@ impl DebugConfig {
             || self.stacks
             || self.history != 0
             || self.leaks
+            || self.latency
     }
 }
 

@@ -2,10 +2,15 @@
 
 pub(crate) mod bits;
 pub mod config;
+pub mod diagnostics;
 pub mod error;
+pub mod finding;
 pub mod host;
+pub(crate) mod latency;
 pub mod policy;
 pub mod pool;
+pub(crate) mod report;
+pub mod stack;
 pub mod stats;
 pub(crate) mod sync;
 pub mod text;

@@ -6,6 +6,7 @@ use core::fmt;
 use core::ptr::NonNull;
 
 use super::config::PoolConfig;
+use super::diagnostics::Diagnostics;
 use super::error::{Error, Refusal, Result};
 use super::stats::MemoryStats;
 
@@ -188,6 +189,11 @@ pub trait MemoryPool: Send + Sync {
 
     /// What the pool was made with.
     fn config(&self) -> &PoolConfig;
+
+    /// The pool's debugging side, where its configuration has debugging on.
+    fn diagnostics(&self) -> Option<&dyn Diagnostics> {
+        None
+    }
 }
 
 /// Says no to wishes that host pools cannot grant.

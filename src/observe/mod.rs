@@ -7,9 +7,25 @@
 //! The pool calls every hook with none of its locks held, so an observer may capture stacks, take its own
 //! lock, and write reports. It must not call the pool.
 
+mod bytes;
+mod debug;
+mod depot;
+mod history;
+mod inspect;
+mod metadata;
+mod records;
+mod surround;
+#[cfg(test)]
+mod tests;
+
 use core::alloc::Layout;
 use core::fmt;
 
+pub use bytes::{HostReach, Reach};
+pub use debug::DebugLayer;
+
+use crate::base::diagnostics::Diagnostics;
+use crate::base::stats::Latency;
 use crate::engine::Block;
 
 /// A layer between a pool and those who use it. It may ask for more than the user did, hand out a part of
@@ -94,6 +110,17 @@ pub unsafe trait Observer: Send + Sync + fmt::Debug {
     /// The pool was emptied, whatever was live.
     #[inline]
     fn on_reset(&self) {}
+
+    /// Quantiles of the time from [`inflate`](Observer::inflate) to [`on_alloc`](Observer::on_alloc), where they
+    /// are taken.
+    fn latency(&self) -> Option<Latency> {
+        None
+    }
+
+    /// The debugging side, if this is a layer that has one.
+    fn diagnostics(&self) -> Option<&dyn Diagnostics> {
+        None
+    }
 
     /// The pool goes away; what is still live is leaked. Called before any memory is given back.
     #[inline]

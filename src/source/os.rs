@@ -100,7 +100,7 @@ pub unsafe fn unmap(base: NonNull<u8>, len: usize) {
     }
 }
 
-/// Makes pages mapped with [`Access::None`] usable.
+/// Makes pages mapped with [`Access::None`], or shut by [`protect`], usable.
 ///
 /// # Safety
 /// The pages belong to a mapping made here.
@@ -108,6 +108,16 @@ pub unsafe fn commit(base: NonNull<u8>, len: usize) -> Result<()> {
     // SAFETY: the caller's contract.
     let rc = unsafe { libc::mprotect(base.as_ptr().cast(), len, libc::PROT_READ | libc::PROT_WRITE) };
     if rc == 0 { Ok(()) } else { Err(Error::oom(len, OomReason::Source)) }
+}
+
+/// Makes pages inaccessible and keeps what they hold, until [`commit`] makes them usable again; returns
+/// whether that worked.
+///
+/// # Safety
+/// The pages are mapped, and nobody uses them meanwhile.
+pub unsafe fn protect(base: NonNull<u8>, len: usize) -> bool {
+    // SAFETY: the caller's contract.
+    unsafe { libc::mprotect(base.as_ptr().cast(), len, libc::PROT_NONE) == 0 }
 }
 
 /// Gives the memory behind pages back and makes them inaccessible; returns whether that worked.
