@@ -213,19 +213,29 @@ fn walks_frame_pointers() -> bool {
     }
 }
 
-/// Compares the two ways: without frame pointers the register holds whatever the optimiser put there, and the
-/// words it points at are not this function's return address.
+/// Compares the two ways: where the walk begins with the two return addresses that the unwinder finds above
+/// this very function, the register is a frame pointer. Without frame pointers it may still hold that of some
+/// function further out, or anything else.
 #[cold]
 #[inline(never)]
 fn probe() -> bool {
     let mut walked = Stack::EMPTY;
     walked.walk(frame_pointer());
-    let mut unwound = Stack::EMPTY;
-    unwound.unwind();
-    match walked.frames() {
-        [own, caller, ..] => unwound.frames().windows(2).any(|pair| pair == [*own, *caller]),
-        _ => false,
+    let mut above = 0;
+    let mut agrees = false;
+    // SAFETY: as in `Stack::unwind`.
+    unsafe {
+        backtrace::trace_unsynchronized(|frame| {
+            if above > 0 {
+                agrees = walked.frames().get(above - 1) == Some(&(frame.ip() as usize));
+                above += 1;
+                return agrees && above <= 2;
+            }
+            above = usize::from(frame.symbol_address() as usize == probe as *const () as usize);
+            true
+        });
     }
+    agrees && above > 2
 }
 
 /// The frame pointer register of the function this is inlined into.
