@@ -9,6 +9,8 @@ pub mod engine;
 pub mod observe;
 pub mod pool;
 pub mod source;
+#[cfg(feature = "cli")]
+pub mod trace;
 
 pub use api::PoolBox;
 pub use base::config::{AllocatorType, DebugConfig, OnFinding, PoolConfig, Strategy, SyncType};
