@@ -231,7 +231,7 @@ fn probe() -> bool {
                 above += 1;
                 return agrees && above <= 2;
             }
-            above = usize::from(frame.symbol_address() as usize == probe as *const () as usize);
+            above = usize::from(std::ptr::eq(frame.symbol_address(), probe as *const ()));
             true
         });
     }
