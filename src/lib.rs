@@ -22,6 +22,7 @@ pub use base::policy::{FreeRange, Policy, Request};
 pub use base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
 pub use base::stack::{Frame, Stack};
 pub use base::stats::{Latency, MemoryStats};
+pub use observe::DebugLayer;
 pub use pool::{AnyPool, FixedPool, LocalFixedPool, LocalVariablePool, VariablePool};
 
 /// The examples of the README, compiled and run.

@@ -190,6 +190,13 @@ pub trait MemoryPool: Send + Sync {
     /// What the pool was made with.
     fn config(&self) -> &PoolConfig;
 
+    /// Gives all memory back for good, so that every later allocation is refused; an error while anything is
+    /// live. Pools that cannot refuse are emptied and trimmed.
+    fn close(&self) -> Result<()> {
+        self.reset()?;
+        self.trim(0).map(|_| ())
+    }
+
     /// The pool's debugging side, where its configuration has debugging on.
     fn diagnostics(&self) -> Option<&dyn Diagnostics> {
         None

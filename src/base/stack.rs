@@ -231,7 +231,7 @@ fn probe() -> bool {
                 above += 1;
                 return agrees && above <= 2;
             }
-            above = usize::from(std::ptr::eq(frame.symbol_address(), probe as *const ()));
+            above = usize::from(std::ptr::eq(frame.symbol_address(), probe as *const _));
             true
         });
     }

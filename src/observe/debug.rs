@@ -30,7 +30,7 @@ use super::depot::{Depot, NO_STACK};
 use super::history::History;
 use super::records::{Id, Mark, Record, Records, State};
 use super::surround::Surround;
-use crate::base::config::{DebugConfig, OnFinding};
+use crate::base::config::{DebugConfig, OnFinding, PoolConfig};
 use crate::base::diagnostics::{Diagnostics, FindingLog, Operation, OperationKind};
 use crate::base::error::Result;
 use crate::base::finding::{Finding, FindingKind, LeakReport};
@@ -110,15 +110,16 @@ impl Books {
 }
 
 impl DebugLayer {
-    /// A layer for host memory.
-    pub fn new(config: DebugConfig) -> Result<Self> {
-        Self::with_reach(config, HostReach)
+    /// A layer for host memory, as `config.debug` says; reports give the pool's `name`.
+    pub fn new(name: &str, config: &PoolConfig) -> Result<Self> {
+        Self::with_reach(name, config, HostReach)
     }
 }
 
 impl<R: Reach> DebugLayer<R> {
     /// A layer for memory that is reached by `reach`.
-    pub fn with_reach(config: DebugConfig, reach: R) -> Result<Self> {
+    pub fn with_reach(name: &str, pool: &PoolConfig, reach: R) -> Result<Self> {
+        let config = pool.debug;
         let tracks = DebugConfig { latency: false, ..config }.is_on();
         let books = Books {
             records: Records::new(),
@@ -130,9 +131,9 @@ impl<R: Reach> DebugLayer<R> {
         };
         let layer = Self {
             config,
-            name: String::new(),
+            name: name.into(),
             reach,
-            surround: Surround::new(&config, R::PAGES),
+            surround: Surround::new(pool, R::PAGES),
             tracks,
             latency: config.latency.then(|| Box::new(LatencyRecorder::new())),
             books: Lock::new(books),
@@ -143,13 +144,6 @@ impl<R: Reach> DebugLayer<R> {
         };
         layer.make_room(&mut layer.books.lock());
         Ok(layer)
-    }
-
-    /// Sets the name that reports give the pool.
-    #[must_use]
-    pub fn named(mut self, name: impl Into<String>) -> Self {
-        self.name = name.into();
-        self
     }
 
     fn make_room(&self, books: &mut Books) {
@@ -385,7 +379,7 @@ unsafe impl<R: Reach> Observer for DebugLayer<R> {
     }
 
     fn evict(&self, all: bool) -> Option<usize> {
-        if !all && !self.overdue.load(Ordering::Relaxed) {
+        if !self.tracks || !all && !self.overdue.load(Ordering::Relaxed) {
             return None;
         }
         loop {

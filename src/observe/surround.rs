@@ -16,27 +16,29 @@ use core::ptr::NonNull;
 
 use super::records::Record;
 use crate::base::bits::{round_down, round_up};
-use crate::base::config::DebugConfig;
+use crate::base::config::PoolConfig;
 use crate::source::os;
 
 /// How a layer surrounds every block.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Surround {
     canary: usize,
+    /// Least alignment of the user's bytes, whatever is asked.
+    align: usize,
     /// Size of a guard page; 0 for none.
     page: usize,
 }
 
 impl Surround {
-    pub(super) fn new(config: &DebugConfig, pages: bool) -> Self {
-        let page = if config.guard_pages && pages { os::page_size() } else { 0 };
-        Self { canary: config.canary, page }
+    pub(super) fn new(config: &PoolConfig, pages: bool) -> Self {
+        let page = if config.debug.guard_pages && pages { os::page_size() } else { 0 };
+        Self { canary: config.debug.canary, align: config.alignment, page }
     }
 
     /// What to ask the engine for.
     #[inline]
     pub(super) fn inflate(&self, asked: Layout) -> Option<Layout> {
-        let (size, align) = (asked.size(), asked.align());
+        let (size, align) = (asked.size(), asked.align().max(self.align));
         let total = if self.page == 0 {
             round_up(self.canary, align)?.checked_add(size)?.checked_add(self.canary)?
         } else {
@@ -48,11 +50,12 @@ impl Surround {
     /// Where the user's bytes begin in an inner block at `inner`.
     #[inline]
     pub(super) fn outer(&self, inner: usize, asked: Layout) -> usize {
+        let align = asked.align().max(self.align);
         if self.page == 0 {
-            return inner + self.canary.next_multiple_of(asked.align());
+            return inner + self.canary.next_multiple_of(align);
         }
         // At least `inner + lead`, which is a multiple of the alignment.
-        round_down(inner + self.end(asked.size(), asked.align()) - asked.size(), asked.align())
+        round_down(inner + self.end(asked.size(), align) - asked.size(), align)
     }
 
     /// Bytes up to the first place for user's bytes under guard pages.
@@ -62,7 +65,7 @@ impl Surround {
 
     /// Offset of the second guard page.
     fn end(&self, size: usize, align: usize) -> usize {
-        self.lead(align) + size.next_multiple_of(self.page)
+        self.lead(align.max(self.align)) + size.next_multiple_of(self.page)
     }
 
     /// The canary in front of a block.
@@ -127,12 +130,15 @@ fn address(at: usize) -> NonNull<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::config::DebugConfig;
 
     #[test]
     fn the_users_bytes_fit_and_are_aligned_whatever_is_asked() {
         for guard_pages in [false, true] {
             for canary in [0, 1, 16, 100] {
-                let config = DebugConfig { canary, guard_pages, ..DebugConfig::OFF };
+                let debug = DebugConfig { canary, guard_pages, ..DebugConfig::OFF };
+                let config =
+                    PoolConfig::default_cpu().alignment(if canary == 1 { 256 } else { 1 }).debug(debug);
                 let surround = Surround::new(&config, true);
                 for size in [1, 15, 16, 4095, 4096, 4097, 70_000] {
                     for align in (0..=17).map(|bits| 1usize << bits) {
@@ -141,7 +147,7 @@ mod tests {
                         let start = 1 << 40;
                         let outer = surround.outer(start, asked);
                         let record = Record::new(outer, size, align, start, inner.size());
-                        assert!(outer.is_multiple_of(align));
+                        assert!(outer.is_multiple_of(align.max(config.alignment)));
                         assert!(outer >= start + canary.min(16) * usize::from(!guard_pages));
                         let (front, back) = (surround.front(&record), surround.back(&record));
                         assert!(front.start >= start && front.end == outer);
@@ -150,7 +156,9 @@ mod tests {
                             let page = os::page_size();
                             assert!(front.start >= start + page);
                             assert!(back.end + page <= start + inner.size());
-                            assert!(back.start + align > start + surround.end(size, align));
+                            assert!(
+                                back.start + align.max(config.alignment) > start + surround.end(size, align)
+                            );
                         } else {
                             assert_eq!((front.len(), back.len()), (canary, canary));
                         }

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 
 use super::*;
-use crate::base::config::{DebugConfig, OnFinding};
+use crate::base::config::{DebugConfig, OnFinding, PoolConfig};
 use crate::base::diagnostics::{Diagnostics, OperationKind};
 use crate::base::finding::{Finding, FindingKind};
 
@@ -19,7 +19,8 @@ const COLLECT: DebugConfig = DebugConfig { on_finding: OnFinding::Collect, ..Deb
 
 impl TestPool {
     fn new(config: DebugConfig) -> Self {
-        Self { layer: DebugLayer::new(config).unwrap(), blocks: Mutex::default() }
+        let config = PoolConfig::default_cpu().debug(config);
+        Self { layer: DebugLayer::new("", &config).unwrap(), blocks: Mutex::default() }
     }
 
     fn allocate(&self, size: usize, align: usize) -> *mut u8 {
@@ -299,7 +300,8 @@ fn live_blocks_are_found_from_either_address() {
 
 #[test]
 fn latency_alone_leaves_blocks_as_they_are() {
-    let layer = DebugLayer::new(DebugConfig { latency: true, ..DebugConfig::OFF }).unwrap();
+    let config = PoolConfig::default_cpu().debug(DebugConfig { latency: true, ..DebugConfig::OFF });
+    let layer = DebugLayer::new("", &config).unwrap();
     let asked = Layout::new::<[u64; 3]>();
     assert_eq!(layer.inflate(asked), Some(asked));
     let block = Block { start: 4096, size: 32, dirty: 5 };

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use super::front::Locked;
 use super::interface::Host;
 use super::memory::HostMemory;
-use super::{BuildFront, Core, checked, no_debug};
+use super::{BuildFront, Core, checked, inside};
 use crate::base::config::{AllocatorType, PoolConfig};
 use crate::base::error::{Error, Result};
 use crate::engine::ranges::{InBlocks, Ranges};
 use crate::engine::slots::Slots;
-use crate::observe::Observer;
+use crate::observe::{DebugLayer, Observer};
 
 /// A handle on a pool of any kind, chosen by its configuration.
 ///
@@ -36,7 +36,10 @@ impl AnyPool {
 
     /// A pool with a name, which statistics and reports show.
     pub fn named(name: &str, config: PoolConfig) -> Result<Self> {
-        no_debug(&config)?;
+        if config.debug.is_on() {
+            let layer = DebugLayer::new(name, &config)?;
+            return Self::observed(name, config, layer);
+        }
         Self::observed(name, config, ())
     }
 
@@ -57,7 +60,8 @@ impl AnyPool {
         O: Observer + 'static,
     {
         let config = checked(config, F::KIND)?;
-        let (front, source) = (F::build(&config)?, HostMemory::new(&config)?);
+        let front = F::build(&inside(&config, &observer)?)?;
+        let source = HostMemory::new(&config)?;
         Ok(Self(Arc::new(Core::new(name, config, front, source, observer)?)))
     }
 }

@@ -18,7 +18,7 @@
 use core::alloc::Layout;
 use core::fmt;
 use core::ptr::{self, NonNull};
-use core::sync::atomic::{AtomicU64, AtomicUsize};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 
 use super::front::Front;
 use super::large::{LARGE_ALIGN, LargeBlocks};
@@ -46,6 +46,8 @@ pub struct Core<F: Front, S: Source, O: Observer> {
     pub(super) reserved: AtomicUsize,
     pub(super) peak_reserved: AtomicUsize,
     pub(super) source_calls: AtomicU64,
+    /// Whether the pool may not grow any more. Only set while the growth ticket is held.
+    pub(super) closed: AtomicBool,
     pub(super) failed: AtomicU64,
     pub(super) tracking: Tracking,
     pub(super) oom_callback: Lock<Option<std::sync::Arc<OomCallback>>>,
@@ -88,6 +90,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             reserved: AtomicUsize::new(0),
             peak_reserved: AtomicUsize::new(0),
             source_calls: AtomicU64::new(0),
+            closed: AtomicBool::new(false),
             failed: AtomicU64::new(0),
             tracking: Tracking::new(config.track_stats),
             oom_callback: Lock::new(None),

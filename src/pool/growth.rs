@@ -59,6 +59,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             if let Some(block) = self.front.alloc(layout) {
                 return Ok(block);
             }
+            self.open()?;
             let need = self.front.with(|engine| engine.need(layout));
             let need = need.ok_or(Error::oom(layout.size(), OomReason::Overflow))?;
             let align = layout.align().max(self.config().alignment);
@@ -184,6 +185,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     pub(super) fn reserve(&self, bytes: usize) -> Result<()> {
         self.admit()?;
         let reserved = self.front.ticket(|| {
+            self.open()?;
             if self.front.with(|engine| {
                 engine.settle();
                 engine.ready()
@@ -208,6 +210,37 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             "the pool was called by its own source",
             "let the source use other memory",
         ))))
+    }
+
+    /// Says no where the pool was closed.
+    fn open(&self) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) {
+            Err(Error::InvalidOperation(Refusal::Destroyed))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Gives everything back and refuses to grow from now on; an error while anything is live. Closing costs
+    /// the fast path nothing: a pool without memory takes the slow one.
+    pub(super) fn close(&self) -> Result<()> {
+        self.admit()?;
+        self.evict(true);
+        let closed = self.front.ticket(|| {
+            // What is allocated meanwhile keeps its span, and is counted in the next round.
+            loop {
+                match self.live() {
+                    0 => self.give_back_idle(0),
+                    live => return Err(Error::InvalidOperation(Refusal::StillLive(live))),
+                };
+                if self.front.with(|engine| engine.free_bytes().0) == 0 && self.live() == 0 {
+                    break;
+                }
+            }
+            self.closed.store(true, Ordering::Release);
+            Ok(())
+        });
+        closed.unwrap_or(Err(Error::refused("the pool is growing", "close it when no call is under way")))
     }
 
     /// Gives idle spans back until `keep` free bytes are left; returns the bytes given back.
@@ -241,6 +274,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
         let granularity = self.source.granularity();
         let len = round_up(requested, granularity).ok_or(Error::oom(requested, OomReason::Overflow))?;
         let max = self.config().max_size;
+        self.open()?;
         if !self.large.prepare() {
             return Err(Error::oom(requested, OomReason::Source));
         }

@@ -9,6 +9,7 @@ use core::ptr::NonNull;
 use super::core::{Core, OomCallback};
 use super::front::Front;
 use crate::base::config::PoolConfig;
+use crate::base::diagnostics::Diagnostics;
 use crate::base::error::Result;
 use crate::base::host::Resized;
 use crate::base::pool::{ActiveAllocation, AllocFlags};
@@ -81,6 +82,10 @@ pub unsafe trait Host: fmt::Debug {
     fn set_oom_callback(&self, callback: Option<std::sync::Arc<OomCallback>>);
     /// Walks all invariants.
     fn check(&self) -> Result<()>;
+    /// Empties the pool for good, if nothing is live.
+    fn close(&self) -> Result<()>;
+    /// What watches the pool.
+    fn diagnostics(&self) -> Option<&dyn Diagnostics>;
 }
 
 // SAFETY: blocks come from engines and sources that keep the same contract; the source's memory stays where
@@ -171,6 +176,12 @@ unsafe impl<F: Front, S: Source, O: Observer> Host for Core<F, S, O> {
     }
     fn check(&self) -> Result<()> {
         self.check()
+    }
+    fn close(&self) -> Result<()> {
+        self.close()
+    }
+    fn diagnostics(&self) -> Option<&dyn Diagnostics> {
+        self.observer.diagnostics()
     }
 }
 
@@ -348,6 +359,18 @@ macro_rules! inherent {
             pub fn check(&self) -> Result<()> {
                 self.0.check()
             }
+
+            /// Gives all memory back for good: every later allocation is refused with
+            /// [`Refusal::Destroyed`](crate::base::error::Refusal::Destroyed). An error while anything is live,
+            /// and the pool is then as it was.
+            pub fn close(&self) -> Result<()> {
+                self.0.close()
+            }
+
+            /// The debugging side, where the pool carries a debug layer.
+            pub fn diagnostics(&self) -> Option<&dyn Diagnostics> {
+                self.0.diagnostics()
+            }
         }
 
         // SAFETY: as for the `Host` behind the handle, which stays as long as the handle or a clone of it.
@@ -453,6 +476,12 @@ macro_rules! shared {
             }
             fn config(&self) -> &PoolConfig {
                 self.0.config()
+            }
+            fn close(&self) -> Result<()> {
+                self.0.close()
+            }
+            fn diagnostics(&self) -> Option<&dyn Diagnostics> {
+                self.0.diagnostics()
             }
         }
     )*};

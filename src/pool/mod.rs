@@ -36,13 +36,14 @@ pub use self::memory::HostMemory;
 
 use self::interface::{inherent, shared};
 use crate::base::config::{AllocatorType, PoolConfig};
+use crate::base::diagnostics::Diagnostics;
 use crate::base::error::{Error, OomReason, Result};
 use crate::base::host::{HostPool, Resized};
 use crate::base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
 use crate::base::stats::MemoryStats;
 use crate::engine::ranges::{Division, InBlocks, Ranges};
 use crate::engine::slots::Slots;
-use crate::observe::Observer;
+use crate::observe::{DebugLayer, Observer};
 use crate::source::Source;
 
 /// A handle on a pool that threads share; [`FixedPool`] and [`VariablePool`] are its names.
@@ -146,10 +147,20 @@ fn checked(config: PoolConfig, kind: AllocatorType) -> Result<PoolConfig> {
     Ok(config)
 }
 
+/// The configuration as the engine takes it: with blocks that hold what the observer puts around the user's.
+fn inside(config: &PoolConfig, observer: &impl Observer) -> Result<PoolConfig> {
+    if config.allocator_type != AllocatorType::FixedSize {
+        return Ok(config.clone());
+    }
+    let block = Layout::from_size_align(config.block_size, config.alignment)?;
+    let block = observer.inflate(block).ok_or(Error::oom(block.size(), OomReason::Overflow))?;
+    Ok(config.clone().block_size(block.size()).alignment(block.align()))
+}
+
 /// Says no to checks that a pool's type does not carry.
 fn no_debug(config: &PoolConfig) -> Result<()> {
     if config.debug.is_on() {
-        return Err(Error::config("debug", "on", "off for this type; AnyPool adds the debug layer"));
+        return Err(Error::config("debug", "on", "off for this type; `watched` and AnyPool add the layer"));
     }
     Ok(())
 }
@@ -165,6 +176,24 @@ impl<F: BuildFront> Pool<F, HostMemory, ()> {
         no_debug(&config)?;
         let source = HostMemory::new(&config)?;
         Self::assemble(name, config, source, ())
+    }
+}
+
+impl<F: BuildFront> Pool<F, HostMemory, DebugLayer> {
+    /// A pool with the debug layer that `config.debug` describes.
+    ///
+    /// ```
+    /// use memory_pool::{FixedPool, PoolConfig};
+    /// let mut config = PoolConfig::fixed_size_cpu(512);
+    /// config.debug = PoolConfig::debug_cpu().debug;
+    /// let pool = FixedPool::watched(config)?;
+    /// assert_eq!(pool.diagnostics().unwrap().check(), 0);
+    /// # Ok::<(), memory_pool::Error>(())
+    /// ```
+    pub fn watched(config: PoolConfig) -> Result<Self> {
+        let layer = DebugLayer::new("", &config)?;
+        let source = HostMemory::new(&config)?;
+        Self::assemble("", config, source, layer)
     }
 }
 
@@ -188,7 +217,7 @@ impl<F: BuildFront, S: Source, O: Observer> Pool<F, S, O> {
     /// A pool from all of its parts.
     pub fn assemble(name: &str, config: PoolConfig, source: S, observer: O) -> Result<Self> {
         let config = checked(config, F::KIND)?;
-        let front = F::build(&config)?;
+        let front = F::build(&inside(&config, &observer)?)?;
         Ok(Self(Arc::new(Core::new(name, config, front, source, observer)?)))
     }
 }
@@ -231,6 +260,15 @@ impl<E: PoolEngine> LocalPool<E, HostMemory, ()> {
     }
 }
 
+impl<E: PoolEngine> LocalPool<E, HostMemory, DebugLayer> {
+    /// A pool with the debug layer that `config.debug` describes.
+    pub fn watched(config: PoolConfig) -> Result<Self> {
+        let layer = DebugLayer::new("", &config)?;
+        let source = HostMemory::new(&config)?;
+        Self::assemble("", config, source, layer)
+    }
+}
+
 impl<E: PoolEngine, S: Source> LocalPool<E, S, ()> {
     /// A pool over a source of one's own. Over a [`Slice`](crate::source::slice::Slice) it makes no call to the
     /// operating system at all.
@@ -253,7 +291,7 @@ impl<E: PoolEngine, S: Source, O: Observer> LocalPool<E, S, O> {
     /// A pool from all of its parts.
     pub fn assemble(name: &str, config: PoolConfig, source: S, observer: O) -> Result<Self> {
         let config = checked(config, E::KIND)?;
-        let front = Local::build(&config)?;
+        let front = Local::build(&inside(&config, &observer)?)?;
         Core::new(name, config, front, source, observer).map(Self)
     }
 

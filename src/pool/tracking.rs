@@ -108,7 +108,9 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             engine.settle();
             (engine.live_bytes(), engine.free_bytes())
         });
-        let current = (live + large.live_bytes).saturating_sub(self.observer.held().1);
+        // What the observer holds back is free as far as the user is concerned.
+        let (held, held_bytes) = self.observer.held();
+        let current = (live + large.live_bytes).saturating_sub(held_bytes);
         let reserved = self.reserved.load(Ordering::Relaxed);
         let peak_reserved = self.peak_reserved.load(Ordering::Relaxed).max(reserved);
         MemoryStats {
@@ -116,7 +118,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             current_allocated: current,
             peak_allocated: (totals.peak_bytes + large.peak_bytes).max(current),
             allocation_count: shown.allocs,
-            deallocation_count: shown.frees,
+            deallocation_count: shown.frees + held as u64,
             failed_count: self.failed.load(Ordering::Relaxed),
             reserved,
             peak_reserved,
@@ -126,6 +128,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             largest_free,
             source_calls: self.source_calls.load(Ordering::Relaxed),
             size_histogram: shown.sizes,
+            latency: self.observer.latency(),
             ..MemoryStats::default()
         }
     }
