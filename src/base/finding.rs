@@ -62,11 +62,12 @@ pub struct Site {
 /// One error that a debug layer found.
 ///
 /// ```
-/// use memory_pool::{Diagnostics, FindingKind, OnFinding, PoolConfig, VariablePool};
+/// use memory_pool::{AnyPool, FindingKind, OnFinding, PoolConfig};
+/// use std::alloc::Layout;
 /// /// use std::alloc::Layout;
 /// let mut config = PoolConfig::debug_cpu();
 /// config.debug.on_finding = OnFinding::Collect;
-/// let pool = memory_pool::AnyPool::new(config)?;
+/// let pool = AnyPool::new(config)?;
 /// let block = pool.allocate(Layout::new::<[u8; 24]>())?.cast::<u8>();
 /// // SAFETY: not at all: this writes one byte too far, into memory that the debug layer set aside for that.
 /// unsafe { block.add(24).write(1) };
