@@ -6,13 +6,14 @@
 mod api;
 pub mod base;
 pub mod engine;
+mod manager;
 pub mod observe;
 pub mod pool;
 pub mod source;
 #[cfg(feature = "cli")]
 pub mod trace;
 
-pub use api::PoolBox;
+pub use api::{PoolBox, PoolRef};
 pub use base::config::{AllocatorType, DebugConfig, OnFinding, PoolConfig, Strategy, SyncType};
 pub use base::diagnostics::{Diagnostics, FindingLog, Operation, OperationKind};
 pub use base::error::{Error, ErrorCategory, Result};
@@ -22,6 +23,8 @@ pub use base::policy::{FreeRange, Policy, Request};
 pub use base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
 pub use base::stack::{Frame, Stack};
 pub use base::stats::{Latency, MemoryStats};
+pub use base::transfer::{CopySource, CopyTarget};
+pub use manager::{Managed, ManagerStats, PoolManager, PoolSummary, allocate, allocate_in};
 pub use observe::DebugLayer;
 pub use pool::{AnyPool, FixedPool, LocalFixedPool, LocalVariablePool, VariablePool};
 

@@ -10,6 +10,7 @@
 use core::alloc::Layout;
 use core::ptr::NonNull;
 
+use super::named::PoolRef;
 use crate::base::error::Result;
 use crate::base::host::{HostPool, dangling};
 use crate::observe::Observer;
@@ -175,4 +176,5 @@ allocators! {
     [F: Front, S: Source, O: Observer] Pool<F, S, O>;
     [E: PoolEngine, S: Source, O: Observer] LocalPool<E, S, O>;
     [] AnyPool;
+    [P: HostPool] PoolRef<P>;
 }

@@ -3,5 +3,7 @@
 
 mod allocator;
 mod boxed;
+mod named;
 
 pub use boxed::PoolBox;
+pub use named::PoolRef;

@@ -3,6 +3,7 @@
 pub(crate) mod bits;
 pub mod config;
 pub mod diagnostics;
+pub(crate) mod env;
 pub mod error;
 pub mod finding;
 pub mod host;
@@ -14,3 +15,4 @@ pub mod stack;
 pub mod stats;
 pub(crate) mod sync;
 pub mod text;
+pub mod transfer;

@@ -27,6 +27,13 @@ pub enum MemoryType {
     Persistent,
 }
 
+impl MemoryType {
+    /// Whether the CPU may read and write such memory.
+    pub const fn is_host_accessible(self) -> bool {
+        !matches!(self, Self::Gpu)
+    }
+}
+
 impl fmt::Display for MemoryType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
@@ -195,6 +202,18 @@ pub trait MemoryPool: Send + Sync {
     fn close(&self) -> Result<()> {
         self.reset()?;
         self.trim(0).map(|_| ())
+    }
+
+    /// Copies bytes where at least one side is memory of this pool; the other is that, or of the host. Pools
+    /// whose memory the CPU cannot touch have a way of their own.
+    ///
+    /// # Safety
+    /// `src` is valid for reads of `len` bytes and `dst` for writes, by whoever copies them, and nobody else
+    /// writes to either, or reads `dst`, meanwhile.
+    unsafe fn copy(&self, dst: NonNull<u8>, src: NonNull<u8>, len: usize) -> Result<()> {
+        // SAFETY: the caller's contract.
+        unsafe { dst.copy_from(src, len) };
+        Ok(())
     }
 
     /// The pool's debugging side, where its configuration has debugging on.

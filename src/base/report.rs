@@ -4,6 +4,15 @@
 
 use core::fmt;
 
+/// A pool was made, emptied, destroyed.
+#[inline]
+pub(crate) fn event(message: fmt::Arguments<'_>) {
+    #[cfg(feature = "log")]
+    log::debug!(target: "memory_pool", "{message}");
+    #[cfg(not(feature = "log"))]
+    let _ = message;
+}
+
 /// Something that a person should look at: a finding, leaks.
 #[cold]
 pub(crate) fn alarm(message: fmt::Arguments<'_>) {

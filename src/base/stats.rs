@@ -61,7 +61,43 @@ pub struct Latency {
     pub max: u64,
 }
 
+impl Latency {
+    fn worse(self, other: Self) -> Self {
+        Self {
+            p50: self.p50.max(other.p50),
+            p90: self.p90.max(other.p90),
+            p99: self.p99.max(other.p99),
+            max: self.max.max(other.max),
+        }
+    }
+}
+
 impl MemoryStats {
+    /// Adds what another pool did and holds. Of the largest free ranges and of the latencies the larger one
+    /// stays, as they cannot be added.
+    pub fn add(&mut self, other: &Self) {
+        self.total_allocated += other.total_allocated;
+        self.current_allocated += other.current_allocated;
+        self.peak_allocated += other.peak_allocated;
+        self.allocation_count += other.allocation_count;
+        self.deallocation_count += other.deallocation_count;
+        self.failed_count += other.failed_count;
+        self.reserved += other.reserved;
+        self.peak_reserved += other.peak_reserved;
+        self.committed += other.committed;
+        self.peak_committed += other.peak_committed;
+        self.free += other.free;
+        self.largest_free = self.largest_free.max(other.largest_free);
+        self.cache_hits += other.cache_hits;
+        self.cache_misses += other.cache_misses;
+        self.source_calls += other.source_calls;
+        self.size_histogram.iter_mut().zip(&other.size_histogram).for_each(|(mine, more)| *mine += more);
+        self.latency = match (self.latency, other.latency) {
+            (Some(mine), Some(theirs)) => Some(mine.worse(theirs)),
+            (mine, theirs) => mine.or(theirs),
+        };
+    }
+
     /// Blocks live now.
     pub fn active_count(&self) -> u64 {
         self.allocation_count.saturating_sub(self.deallocation_count)

@@ -1,0 +1,271 @@
+//! Pools by name: creation, look-up, destruction, totals, copies, helpers, from one thread and from many.
+
+use std::alloc::Layout;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use allocator_api2::vec::Vec as PoolVec;
+use memory_pool::{
+    AnyPool, Error, FixedPool, MemoryPool, PoolBox, PoolConfig, PoolManager, Result, VariablePool,
+    base::error::{PointerFault, Refusal},
+};
+
+fn refusal(error: Error) -> Refusal {
+    match error {
+        Error::InvalidOperation(refusal) => refusal,
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn names_are_taken_unknown_and_free_again() -> Result<()> {
+    let manager = PoolManager::new();
+    manager.create_cpu_pool("a", PoolConfig::fixed_size_cpu(64))?;
+    let error = manager.create_cpu_pool("a", PoolConfig::default_cpu()).unwrap_err();
+    assert!(error.to_string().contains("\"a\"") && matches!(refusal(error), Refusal::NameTaken(_)));
+    let error = manager.cpu_pool("b").unwrap_err();
+    assert!(error.to_string().contains("\"b\"") && matches!(refusal(error), Refusal::NameUnknown(_)));
+    assert!(matches!(refusal(manager.destroy_pool("b").unwrap_err()), Refusal::NameUnknown(_)));
+    assert!(manager.create_cpu_pool("", PoolConfig::default_cpu()).is_err());
+    assert!(manager.create_cpu_pool("c", PoolConfig::default_cpu().max_size(0)).is_err());
+    assert_eq!(manager.names(), ["a"]);
+    assert_eq!(manager.cpu_pool("a")?.name(), "a");
+    for block_size in [32, 128] {
+        manager.destroy_pool("a")?;
+        assert!(!manager.contains("a") && manager.cpu_pool("a").is_err());
+        manager.create_cpu_pool("a", PoolConfig::fixed_size_cpu(block_size))?;
+        assert_eq!(manager.cpu_pool("a")?.config().block_size, block_size);
+    }
+    Ok(())
+}
+
+#[test]
+fn destruction_waits_for_what_is_live_and_handles_say_so_afterwards() -> Result<()> {
+    for config in [PoolConfig::fixed_size_cpu(64), PoolConfig::default_cpu(), PoolConfig::debug_cpu()] {
+        let manager = PoolManager::new();
+        let handle = manager.create_cpu_pool("a", config)?;
+        let numbers = PoolBox::<[u64]>::new_zeroed_slice_in(4, manager.cpu_pool("a")?)?;
+        let large = handle.allocate(Layout::from_size_align(3 << 20, 16)?)?;
+        assert!(matches!(refusal(manager.destroy_pool("a").unwrap_err()), Refusal::StillLive(2)));
+        assert_eq!(numbers.len(), 4);
+        drop(numbers);
+        // SAFETY: live, freed once.
+        unsafe { handle.deallocate(large.cast()) };
+        manager.destroy_pool("a")?;
+        assert_eq!(handle.stats().reserved, 0);
+        for size in [8, 5 << 20] {
+            let error = handle.allocate(Layout::from_size_align(size, 8)?).unwrap_err();
+            assert!(matches!(refusal(error), Refusal::Destroyed), "{error}");
+        }
+        assert!(matches!(refusal(handle.reserve(1000).unwrap_err()), Refusal::Destroyed));
+        assert!(PoolVec::<u8, _>::new_in(handle.clone()).try_reserve(1).is_err());
+    }
+    Ok(())
+}
+
+#[test]
+fn the_wrong_kind_is_named() -> Result<()> {
+    let manager = PoolManager::new();
+    manager.register("tiles", FixedPool::new(PoolConfig::fixed_size_cpu(4096))?)?;
+    assert_eq!(manager.get::<FixedPool>("tiles")?.config().block_size, 4096);
+    for _ in 0..2 {
+        let error = manager.cpu_pool("tiles").unwrap_err();
+        assert!(matches!(refusal(error), Refusal::WrongKind { found: "host", .. }), "{error}");
+    }
+    assert!(manager.get::<VariablePool>("tiles").is_err());
+    assert_eq!(manager.with_pool("tiles", |pool| pool.config().block_size)?, 4096);
+    Ok(())
+}
+
+#[test]
+fn totals_count_a_pool_with_two_names_once() -> Result<()> {
+    let manager = PoolManager::new();
+    let pool = AnyPool::new(PoolConfig::default_cpu())?;
+    manager.register("one", pool.clone())?;
+    manager.register("same", pool.clone())?;
+    let fixed = manager.create_cpu_pool("other", PoolConfig::fixed_size_cpu(100))?;
+    let (block, other) = (pool.allocate(Layout::new::<[u8; 1000]>())?, fixed.allocate(Layout::new::<u8>())?);
+    let stats = manager.all_stats();
+    assert_eq!(
+        stats.pools.iter().map(|pool| pool.name.as_str()).collect::<Vec<_>>(),
+        ["one", "other", "same"]
+    );
+    assert_eq!(stats.total.active_count(), 2);
+    assert_eq!(stats.total.reserved, pool.stats().reserved + fixed.stats().reserved);
+    assert_eq!(
+        stats.total.current_allocated,
+        pool.stats().current_allocated + fixed.stats().current_allocated
+    );
+    let table = stats.to_string();
+    let widths: Vec<usize> = table.lines().map(|line| line.chars().count()).collect();
+    assert!(widths.len() == 5 && widths.iter().all(|width| *width == widths[0]), "columns align:\n{table}");
+    // SAFETY: both live, each freed once.
+    unsafe {
+        pool.deallocate(block.cast());
+        fixed.deallocate(other.cast());
+    }
+    manager.reset_all_pools()
+}
+
+#[test]
+fn resetting_all_says_what_is_live_and_resets_the_rest() -> Result<()> {
+    let manager = PoolManager::new();
+    let busy = manager.create_cpu_pool("busy", PoolConfig::default_cpu())?;
+    manager.create_cpu_pool("idle", PoolConfig::default_cpu().initial_size(1 << 20))?;
+    let block = busy.allocate(Layout::new::<u64>())?;
+    assert!(matches!(refusal(manager.reset_all_pools().unwrap_err()), Refusal::StillLive(1)));
+    // SAFETY: live, freed once.
+    unsafe { busy.deallocate(block.cast()) };
+    manager.reset_all_pools()
+}
+
+#[test]
+fn copies_find_the_owners_and_mind_the_ends() -> Result<()> {
+    let manager = PoolManager::new();
+    let a = manager.create_cpu_pool("a", PoolConfig::default_cpu())?;
+    let b = manager.create_cpu_pool("b", PoolConfig::fixed_size_cpu(64))?;
+    let from = PoolBox::<[u8]>::from_slice_in(&[7; 64], a.clone())?;
+    let mut to = PoolBox::<[u8]>::new_zeroed_slice_in(64, b.clone())?;
+    let (src, dst): (NonNull<u8>, NonNull<u8>) =
+        (NonNull::from(&*from).cast(), NonNull::from(&mut *to).cast());
+    // SAFETY: 64 bytes each, used by nobody else; the longer copies are refused before a byte is touched.
+    unsafe {
+        manager.copy(dst, src, 64)?;
+        manager.copy(dst, src, 0)?;
+        let error = manager.copy(dst, src, 1 << 30).unwrap_err();
+        assert!(
+            matches!(error, Error::InvalidPointer(bad) if bad.fault == PointerFault::OutOfRange),
+            "{error}"
+        );
+        assert!(manager.copy(dst, src, usize::MAX).is_err());
+    }
+    assert_eq!(*to, [7; 64]);
+    let on_the_stack = [9u8; 64];
+    // SAFETY: as above.
+    unsafe { manager.copy(dst, NonNull::from(&on_the_stack).cast(), 64)? };
+    assert_eq!(*to, on_the_stack);
+    manager.copy_slice(&mut to[..3], &[1, 2, 3][..])?;
+    assert_eq!(to[..4], [1, 2, 3, 9]);
+    assert!(manager.copy_slice(&mut to[..3], &[1, 2][..]).is_err());
+    Ok(())
+}
+
+#[test]
+fn helpers_use_the_global_manager() -> Result<()> {
+    let manager = PoolManager::global();
+    manager.create_cpu_pool("helpers", PoolConfig::default_cpu())?;
+    let mut numbers = memory_pool::allocate_in::<u32>("helpers", 100)?;
+    numbers[99] = 1;
+    assert_eq!(numbers.iter().sum::<u32>(), 1);
+    assert!(manager.cpu_pool("helpers")?.has_leaks());
+    assert!(manager.destroy_pool("helpers").is_err());
+    drop(numbers);
+    manager.destroy_pool("helpers")?;
+    let empty = memory_pool::allocate::<u64>(0)?;
+    assert!(empty.is_empty());
+    assert!(matches!(memory_pool::allocate::<u64>(usize::MAX), Err(Error::OutOfMemory { .. })));
+    assert!(memory_pool::allocate_in::<u8>("no such pool", 1).is_err());
+    assert!(manager.contains("default"));
+    Ok(())
+}
+
+#[test]
+fn handles_go_to_other_threads_and_outlive_what_made_them() -> Result<()> {
+    let manager = PoolManager::new();
+    manager.create_cpu_pool("a", PoolConfig::default_cpu())?;
+    let vector = std::thread::scope(|scope| {
+        let fill = || {
+            let mut vector = PoolVec::new_in(manager.cpu_pool("a").unwrap());
+            vector.extend(0..1000u32);
+            vector
+        };
+        scope.spawn(fill).join().unwrap()
+    });
+    drop(manager);
+    assert_eq!(vector.iter().sum::<u32>(), 499_500);
+    Ok(())
+}
+
+#[test]
+fn look_ups_and_destructions_race_without_harm() -> Result<()> {
+    let manager = PoolManager::new();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                let mut served = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    match manager.cpu_pool("a") {
+                        Ok(pool) => match pool.allocate(Layout::new::<u64>()) {
+                            Ok(block) => {
+                                // SAFETY: live, written within its size, freed once.
+                                unsafe {
+                                    block.cast::<u64>().write(served);
+                                    pool.deallocate(block.cast());
+                                }
+                                served += 1;
+                            }
+                            Err(error) => assert!(matches!(refusal(error), Refusal::Destroyed)),
+                        },
+                        Err(error) => assert!(matches!(refusal(error), Refusal::NameUnknown(_))),
+                    }
+                }
+            });
+        }
+        let mut destroyed = 0;
+        for round in 0..300 {
+            let config =
+                if round % 2 == 0 { PoolConfig::fixed_size_cpu(16) } else { PoolConfig::default_cpu() };
+            manager.create_cpu_pool("a", config).unwrap();
+            loop {
+                match manager.destroy_pool("a") {
+                    Ok(()) => break,
+                    Err(error) => assert!(matches!(refusal(error), Refusal::StillLive(_))),
+                }
+            }
+            destroyed += 1;
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(destroyed, 300);
+    });
+    assert!(manager.names().is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_thread_that_ends_can_still_look_up() {
+    /// Looks up while the thread's variables are being dropped.
+    struct Late;
+    impl Drop for Late {
+        fn drop(&mut self) {
+            let pool = PoolManager::global().default_cpu_pool().unwrap();
+            let block = pool.allocate(Layout::new::<u64>()).unwrap();
+            // SAFETY: live, freed once.
+            unsafe { pool.deallocate(block.cast()) };
+        }
+    }
+    thread_local!(static LATE: Late = const { Late });
+    std::thread::spawn(|| {
+        LATE.with(|_| {});
+        PoolManager::global().default_cpu_pool().unwrap();
+    })
+    .join()
+    .unwrap();
+}
+
+#[test]
+fn one_trait_object_for_all() -> Result<()> {
+    fn fill(pool: &dyn MemoryPool) -> Result<u64> {
+        let block = pool.allocate(Layout::new::<[u8; 100]>())?;
+        // SAFETY: live, freed once.
+        unsafe { pool.deallocate(block.cast()) };
+        Ok(pool.stats().allocation_count)
+    }
+    let manager = PoolManager::new();
+    for (name, config) in [("fixed", PoolConfig::fixed_size_cpu(128)), ("any", PoolConfig::debug_cpu())] {
+        manager.create_cpu_pool(name, config)?;
+        assert_eq!(manager.with_pool(name, fill)??, 1);
+    }
+    assert_eq!(manager.check_all(), 0);
+    Ok(())
+}
