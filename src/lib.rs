@@ -26,7 +26,7 @@ pub use base::stats::{Latency, MemoryStats};
 pub use base::transfer::{CopySource, CopyTarget};
 pub use manager::{Managed, ManagerStats, PoolManager, PoolSummary, allocate, allocate_in};
 pub use observe::DebugLayer;
-pub use pool::{AnyPool, FixedPool, LocalFixedPool, LocalVariablePool, VariablePool};
+pub use pool::{AnyPool, FixedPool, LocalFixedPool, LocalVariablePool, LockFreeFixedPool, VariablePool};
 
 /// The examples of the README, compiled and run.
 #[cfg(doctest)]

@@ -9,7 +9,7 @@ use conformance::faults::{Faulty, every_call_may_fail};
 use conformance::{Subject, all_rules, containers, shared_rules};
 use memory_pool::{
     AnyPool, FixedPool, FreeRange, LocalFixedPool, LocalVariablePool, Policy, PoolConfig, Request, Result,
-    Strategy, VariablePool,
+    Strategy, SyncType, VariablePool,
 };
 
 type FaultyFixed = FixedPool<Faulty>;
@@ -52,13 +52,19 @@ fn variable_subjects() -> [Subject; 5] {
     ]
 }
 
+fn lock_free(block: usize) -> PoolConfig {
+    PoolConfig::fixed_size_cpu(block).sync_type(SyncType::LockFree)
+}
+
 /// Block sizes from a word to pages, a size that is no power of two among them.
-fn fixed_subjects() -> [Subject; 4] {
+fn fixed_subjects() -> [Subject; 6] {
     [
         Subject::host("fixed, 512 B", PoolConfig::fixed_size_cpu(512)),
         Subject::host("fixed, 24 B at 8", PoolConfig::fixed_size_cpu(24).alignment(8)),
         Subject::host("fixed, 8 KiB at 4 KiB", PoolConfig::fixed_size_cpu(8192).alignment(4096)),
         Subject::host("fixed, 1000 B, slow growth", PoolConfig::fixed_size_cpu(1000).growth_factor(1.0)),
+        Subject::host("lock-free, 512 B", lock_free(512)),
+        Subject::host("lock-free, 24 B at 8", lock_free(24).alignment(8)),
     ]
 }
 

@@ -5,6 +5,7 @@
 //! plain numbers, because some of the memory served here no CPU can touch; engines that keep their books
 //! inside free blocks say so by their store's type.
 
+pub mod atomic_slots;
 pub mod ranges;
 pub mod slots;
 
@@ -191,6 +192,17 @@ pub unsafe trait Engine: Send {
     /// # Safety
     /// No block of this engine is used or freed after.
     unsafe fn reset(&mut self);
+
+    /// [`reset`](Engine::reset) if nothing is live; how many blocks are.
+    fn reset_if_idle(&mut self) -> usize {
+        self.settle();
+        let live = self.live_blocks();
+        if live == 0 {
+            // SAFETY: there is no block.
+            unsafe { self.reset() };
+        }
+        live
+    }
 
     /// Finishes what was put off for speed, so that every answer below is exact and free memory is whole.
     fn settle(&mut self) {}

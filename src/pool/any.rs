@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use super::front::Locked;
 use super::interface::Host;
+use super::lock_free::FixedFront;
 use super::memory::HostMemory;
 use super::{BuildFront, Core, checked, inside};
 use crate::base::config::{AllocatorType, PoolConfig};
 use crate::base::error::{Error, Result};
 use crate::engine::ranges::{InBlocks, Ranges};
-use crate::engine::slots::Slots;
 use crate::observe::{DebugLayer, Observer};
 
 /// A handle on a pool of any kind, chosen by its configuration.
@@ -46,7 +46,7 @@ impl AnyPool {
     /// The pool that `config` asks for, with `observer` around it.
     fn observed<O: Observer + 'static>(name: &str, config: PoolConfig, observer: O) -> Result<Self> {
         match config.allocator_type {
-            AllocatorType::FixedSize => Self::of::<Locked<Slots>, O>(name, config, observer),
+            AllocatorType::FixedSize => Self::of::<FixedFront, O>(name, config, observer),
             AllocatorType::VariableSize => Self::of::<Locked<Ranges<InBlocks>>, O>(name, config, observer),
             AllocatorType::SizeClass => {
                 Err(Error::config("allocator_type", "SizeClass", "FixedSize or VariableSize"))

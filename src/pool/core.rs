@@ -345,16 +345,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     pub(super) fn reset(&self) -> Result<()> {
         self.admit()?;
         self.evict(true);
-        // Checked and done under one lock: nothing can become live in between.
-        let engine = self.front.with(|engine| {
-            engine.settle();
-            let live = engine.live_blocks();
-            if live == 0 {
-                // SAFETY: nothing is live.
-                unsafe { engine.reset() };
-            }
-            live
-        });
+        let engine = self.front.with(|engine| engine.reset_if_idle());
         match engine + self.large.totals().live {
             0 => Ok(()),
             live => Err(Error::InvalidOperation(Refusal::StillLive(live))),

@@ -2,7 +2,8 @@
 //!
 //! | pool | blocks | threads |
 //! |---|---|---|
-//! | [`FixedPool`] | one size, and runs of adjacent blocks | shared; one lock |
+//! | [`FixedPool`] | one size, and runs of adjacent blocks | shared; one lock, or none (`sync_type`) |
+//! | [`LockFreeFixedPool`] | as above | shared; no lock |
 //! | [`VariablePool`] | any size | shared; one lock |
 //! | [`LocalFixedPool`], [`LocalVariablePool`] | as above | one thread, no lock |
 //! | [`AnyPool`] | as the configuration says | shared |
@@ -18,6 +19,7 @@ mod front;
 mod growth;
 mod interface;
 mod large;
+mod lock_free;
 mod memory;
 mod owner;
 mod tracking;
@@ -32,6 +34,7 @@ pub use self::any::AnyPool;
 pub use self::core::Core;
 pub use self::front::{BuildFront, Front, Local, Locked, PoolEngine};
 pub use self::interface::Host;
+pub use self::lock_free::{FixedFront, LockFree};
 pub use self::memory::HostMemory;
 
 use self::interface::{inherent, shared};
@@ -51,7 +54,8 @@ use crate::source::Source;
 /// `F` says who may call the engine and when, `S` where memory comes from, `O` what watches.
 pub struct Pool<F: Front, S: Source = HostMemory, O: Observer = ()>(Arc<Core<F, S, O>>);
 
-/// Blocks of one size; a larger request takes a run of adjacent blocks.
+/// Blocks of one size; a larger request takes a run of adjacent blocks. With `sync_type(SyncType::LockFree)` it
+/// works without a lock.
 ///
 /// ```
 /// use memory_pool::{FixedPool, PoolConfig};
@@ -68,7 +72,23 @@ pub struct Pool<F: Front, S: Source = HostMemory, O: Observer = ()>(Arc<Core<F, 
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub type FixedPool<S = HostMemory, O = ()> = Pool<Locked<Slots>, S, O>;
+pub type FixedPool<S = HostMemory, O = ()> = Pool<FixedFront, S, O>;
+
+/// [`FixedPool`] without a lock, whatever the configuration's `sync_type`: threads take and give back single
+/// blocks at once, each mostly from memory of its own. Runs and growth still take turns.
+///
+/// ```
+/// use memory_pool::{LockFreeFixedPool, PoolConfig};
+/// let pool = LockFreeFixedPool::new(PoolConfig::fixed_size_cpu(64))?;
+/// std::thread::scope(|scope| {
+///     for _ in 0..4 {
+///         scope.spawn(|| drop(allocator_api2::boxed::Box::new_in([0u8; 64], &pool)));
+///     }
+/// });
+/// assert_eq!(pool.stats().allocation_count, 4);
+/// # Ok::<(), memory_pool::Error>(())
+/// ```
+pub type LockFreeFixedPool<S = HostMemory, O = ()> = Pool<LockFree, S, O>;
 
 /// Blocks of any size, placed by the configuration's [`Strategy`](crate::Strategy). A request of 1 MiB or more
 /// that finds no room gets memory of its own from the source, which can grow without copying.

@@ -110,7 +110,7 @@ fn storm<H: Home>(block: usize, align: usize, seed: u64) {
             panic!("step {step}: {broken}");
         }
         assert_eq!(engine.live_blocks(), live.len());
-        assert_eq!(engine.live_bytes(), live.values().sum());
+        assert_eq!(engine.live_bytes(), live.values().sum::<usize>());
     }
     let mut seen = BTreeMap::new();
     engine.for_each_live(&mut |block| _ = seen.insert(block.start, block.size));
