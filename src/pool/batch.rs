@@ -6,7 +6,7 @@ use core::ptr::NonNull;
 
 use super::core::{Core, pointer};
 use super::front::Front;
-use super::large::LARGE_ALIGN;
+use crate::base::config::MAX_ALIGNMENT;
 use crate::base::error::Result;
 use crate::base::host::dangling;
 use crate::base::pool::AllocFlags;
@@ -57,20 +57,18 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     /// # Safety
     /// As for `deallocate`, for each of them.
     pub(super) unsafe fn deallocate_batch(&self, blocks: &[NonNull<u8>]) {
-        /// Whether the engine alone knows what to do with the block.
-        fn plain<F: Front>(address: usize) -> bool {
-            address > crate::base::config::MAX_ALIGNMENT && !(F::DIRECT && address & (LARGE_ALIGN - 1) == 0)
-        }
+        // Whether the engine alone knows what to do with the block.
+        let plain = |address: usize| address > MAX_ALIGNMENT && !self.large.may_be::<F>(address);
         let addresses = blocks.iter().map(|block| block.as_ptr() as usize);
         if !O::ACTIVE {
             self.front.with(|engine| {
-                for address in addresses.filter(|&address| plain::<F>(address)) {
+                for address in addresses.filter(|&address| plain(address)) {
                     // SAFETY: the caller's contract; empty and large blocks are left out.
                     unsafe { engine.free(address) };
                 }
             });
         }
-        for &block in blocks.iter().filter(|block| O::ACTIVE || !plain::<F>(block.as_ptr() as usize)) {
+        for &block in blocks.iter().filter(|block| O::ACTIVE || !plain(block.as_ptr() as usize)) {
             // SAFETY: the caller's contract.
             unsafe { self.deallocate(block, None) };
         }

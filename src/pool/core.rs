@@ -21,7 +21,7 @@ use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 
 use super::front::Front;
-use super::large::{LARGE_ALIGN, LargeBlocks};
+use super::large::{LargeBlocks, PAGE};
 use super::owner::Owner;
 use super::tracking::Tracking;
 use crate::base::config::{MAX_ALIGNMENT, PoolConfig};
@@ -190,7 +190,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     /// `inner` is live and not used after.
     #[inline]
     pub(super) unsafe fn free(&self, inner: usize) {
-        if F::DIRECT && inner & (LARGE_ALIGN - 1) == 0 && self.free_large(inner) {
+        if self.large.may_be::<F>(inner) && self.free_large(inner) {
             return;
         }
         // SAFETY: the caller's contract, and it is no large block.
@@ -228,7 +228,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             unsafe { self.deallocate(ptr, None) };
             return Ok(());
         }
-        if F::DIRECT && self.free_large(outer) {
+        if self.large.may_be::<F>(outer) && self.free_large(outer) {
             return Ok(());
         }
         if let Some(region) = self.large.containing(outer) {
@@ -241,7 +241,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
 
     /// Usable size of the block that the engine or the source knows at `inner`.
     fn inner_size(&self, inner: usize) -> Option<usize> {
-        if F::DIRECT
+        if self.large.may_be::<F>(inner)
             && let Some(region) = self.large.get(inner)
         {
             return Some(region.len);
@@ -274,8 +274,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             return None;
         }
         let start = ptr.as_ptr() as usize;
-        if F::DIRECT
-            && start & (LARGE_ALIGN - 1) == 0
+        if self.large.may_be::<F>(start)
             && let Some(region) = self.large.get(start)
         {
             return self.resize_large(region, new, false);
@@ -294,8 +293,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             return None;
         }
         let start = ptr.as_ptr() as usize;
-        if F::DIRECT
-            && start & (LARGE_ALIGN - 1) == 0
+        if self.large.may_be::<F>(start)
             && let Some(region) = self.large.get(start)
         {
             let resized = self.resize_large(region, new, false).map(|resized| resized.block);
@@ -311,8 +309,8 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     /// # Safety
     /// As [`HostPool::relocate`](crate::base::host::HostPool::relocate).
     pub(super) unsafe fn relocate(&self, ptr: NonNull<u8>, new: Layout) -> Option<Resized> {
-        // A region of its own keeps the alignment of a page when it moves, and no more.
-        if !F::DIRECT || !self.observer.in_place() || new.align() > LARGE_ALIGN {
+        // A region keeps the alignment of a page when it moves, and no more; a fixed pool knows its own by more.
+        if F::DIRECT == usize::MAX || !self.observer.in_place() || new.align() > PAGE {
             return None;
         }
         let region = self.large.get(ptr.as_ptr() as usize)?;

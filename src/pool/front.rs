@@ -10,13 +10,17 @@ use crate::base::error::Result;
 use crate::base::sync::Lock;
 use crate::engine::{Block, Engine, HostSpace, Serves};
 
+/// Alignments from this on are left to the source.
+pub(super) const LARGE_ALIGN: usize = 1 << 20;
+
 /// Access to an engine for those who may have it.
 ///
 /// # Safety
 /// `alloc` and `free` act as those of an [`Engine`], for every thread that may call the front at all.
 pub unsafe trait Front: fmt::Debug {
-    /// Whether blocks too large for the pool's own memory may come straight from the source.
-    const DIRECT: bool;
+    /// Requests from this size on that find no room get memory of their own from the source, and so do those
+    /// aligned to 1 MiB.
+    const DIRECT: usize;
 
     /// Whether several threads may call.
     const SHARED: bool;
@@ -42,8 +46,8 @@ pub trait PoolEngine: Serves<HostSpace> + fmt::Debug + Sized {
     /// The kind of pool it makes.
     const KIND: AllocatorType;
 
-    /// Whether blocks too large for the pool's own memory may come straight from the source.
-    const DIRECT: bool;
+    /// See [`Front::DIRECT`].
+    const DIRECT: usize;
 
     /// An empty engine as `config` describes it.
     fn build(config: &PoolConfig) -> Result<Self>;
@@ -75,7 +79,7 @@ impl<E: PoolEngine> BuildFront for Locked<E> {
 
 // SAFETY: the engine's own methods, one call at a time.
 unsafe impl<E: PoolEngine> Front for Locked<E> {
-    const DIRECT: bool = E::DIRECT;
+    const DIRECT: usize = E::DIRECT;
     const SHARED: bool = true;
 
     #[inline]
@@ -157,7 +161,7 @@ impl<E: Engine> Local<E> {
 
 // SAFETY: the engine's own methods, one call at a time.
 unsafe impl<E: PoolEngine> Front for Local<E> {
-    const DIRECT: bool = E::DIRECT;
+    const DIRECT: usize = E::DIRECT;
     const SHARED: bool = false;
 
     #[inline]

@@ -9,8 +9,8 @@ use core::ptr::NonNull;
 use core::sync::atomic::Ordering;
 
 use super::core::Core;
-use super::front::Front;
-use super::large::LARGE;
+use super::front::{Front, LARGE_ALIGN};
+use super::large::PAGE;
 use crate::base::bits::round_up;
 use crate::base::error::{Error, OomReason, Refusal, Result};
 use crate::base::host::Resized;
@@ -52,7 +52,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
         if flags.contains(AllocFlags::NO_GROW) {
             return Err(Error::oom(layout.size(), OomReason::NoGrow));
         }
-        if F::DIRECT && layout.size().max(layout.align()) >= LARGE {
+        if layout.size() >= F::DIRECT || layout.align() >= LARGE_ALIGN {
             return self.alloc_large(layout);
         }
         let grown = self.front.ticket(|| {
@@ -63,7 +63,9 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             let need = self.front.with(|engine| engine.need(layout));
             let need = need.ok_or(Error::oom(layout.size(), OomReason::Overflow))?;
             let align = layout.align().max(self.config().alignment);
-            let span = self.take_span(need, self.step(need), align, layout.size())?;
+            // An alignment that the memory at hand does not have is no sign that much more is needed.
+            let wanted = if align > PAGE { need.max(MIN_GROWTH) } else { self.step(need) };
+            let span = self.take_span(need, wanted, align, layout.size())?;
             self.publish(span, layout)
         });
         grown.unwrap_or(Err(Error::refused(
@@ -283,7 +285,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             return Err(Error::oom(requested, OomReason::Limit(max)));
         }
         self.source_calls.fetch_add(1, Ordering::Relaxed);
-        let align = layout.align().max(self.config().alignment).max(super::large::LARGE_ALIGN);
+        let align = layout.align().max(self.config().alignment).max(PAGE);
         let region = match self.source.reserve(len, align) {
             Ok(region) => region,
             Err(error) => {

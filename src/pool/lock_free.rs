@@ -31,7 +31,7 @@ impl BuildFront for LockFree {
 
 // SAFETY: the engine's own calls, which any thread may make at any time.
 unsafe impl Front for LockFree {
-    const DIRECT: bool = false;
+    const DIRECT: usize = Slots::DIRECT;
     const SHARED: bool = true;
 
     #[inline]
@@ -81,7 +81,7 @@ impl BuildFront for FixedFront {
 
 // SAFETY: forwards to fronts that keep the contract; the choice never changes.
 unsafe impl Front for FixedFront {
-    const DIRECT: bool = Slots::DIRECT;
+    const DIRECT: usize = Slots::DIRECT;
     const SHARED: bool = true;
 
     #[inline]

@@ -136,7 +136,7 @@ pub type LocalVariablePool<S = HostMemory, O = ()> = LocalPool<Ranges<InBlocks>,
 
 impl PoolEngine for Slots {
     const KIND: AllocatorType = AllocatorType::FixedSize;
-    const DIRECT: bool = false;
+    const DIRECT: usize = usize::MAX;
 
     fn build(config: &PoolConfig) -> Result<Self> {
         let slots = Self::new(config.block_size, config.alignment);
@@ -146,7 +146,7 @@ impl PoolEngine for Slots {
 
 impl PoolEngine for Ranges<InBlocks> {
     const KIND: AllocatorType = AllocatorType::VariableSize;
-    const DIRECT: bool = true;
+    const DIRECT: usize = 1 << 20;
 
     fn build(config: &PoolConfig) -> Result<Self> {
         let strategy = config.strategy.clone();

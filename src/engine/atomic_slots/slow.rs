@@ -5,6 +5,7 @@ use core::ptr::{self, NonNull};
 
 use super::{ADDRESSES, AtomicSlots, COUNT_SHIFT, Cell, GROUP, Group, HIGH_SHIFT, MAX_SPANS, Seen};
 use super::{PLACE_COUNT_SHIFT, PLACE_ZEROED, free_bits, high};
+use crate::base::bits::aligned_steps;
 use crate::base::error::PointerFault;
 use crate::base::stats::{HISTOGRAM_BUCKETS, MemoryStats};
 use crate::base::sync::atomic::{AtomicU64, Ordering};
@@ -81,6 +82,11 @@ fn bits(from: usize, count: usize) -> u32 {
     ((u64::from(u32::MAX) >> (GROUP - count)) << from) as u32
 }
 
+/// The lowest `count` bits.
+fn bits_below(count: u32) -> u32 {
+    if count == 0 { 0 } else { bits(0, count as usize) }
+}
+
 /// The engine as who has the slow lock sees it.
 pub(crate) struct SlowSide<'a> {
     engine: &'a AtomicSlots,
@@ -144,7 +150,45 @@ fn for_groups(seen: &Seen, from: usize, to: usize, mut act: impl FnMut(&Group, u
 
 /// Slots of the block that begins at `slot`.
 fn run_len(seen: &Seen, slots: usize, slot: usize) -> usize {
-    (slot + 1..slots).take_while(|&slot| seen.is_tail(slot)).count() + 1
+    let mut end = slot + 1;
+    while end < slots {
+        let tails = seen.group(end).tail.load(Ordering::Relaxed) >> (end % GROUP);
+        let here = (!tails).trailing_zeros() as usize;
+        end += here;
+        // A group that is not all tails up to its end ends the run.
+        if here == 0 || !end.is_multiple_of(GROUP) {
+            break;
+        }
+    }
+    end.min(slots) - slot
+}
+
+/// The last slot of `from .. to` that is taken.
+fn last_taken(seen: &Seen, from: usize, to: usize) -> Option<usize> {
+    let mut end = to;
+    while end > from {
+        let start = ((end - 1) / GROUP * GROUP).max(from);
+        let free = free_bits(seen.group(start).word.load(Ordering::Acquire));
+        let taken = !free & bits(start % GROUP, end - start);
+        if taken != 0 {
+            return Some((end - 1) / GROUP * GROUP + GROUP - 1 - taken.leading_zeros() as usize);
+        }
+        end = start;
+    }
+    None
+}
+
+/// The first slot of `from .. to` that is free.
+fn next_free(seen: &Seen, from: usize, to: usize) -> Option<usize> {
+    let mut start = from;
+    while start < to {
+        let free = free_bits(seen.group(start).word.load(Ordering::Acquire)) >> (start % GROUP);
+        if free != 0 {
+            return Some(start + free.trailing_zeros() as usize).filter(|&slot| slot < to);
+        }
+        start = start / GROUP * GROUP + GROUP;
+    }
+    None
 }
 
 /// Gives a live run's slots back; the marks go first.
@@ -226,13 +270,13 @@ impl SlowSide<'_> {
 
     /// Takes the first run of free slots that fits and is aligned.
     fn take_run(&self, seen: &Seen, slots: usize, align: usize) -> Option<(usize, bool)> {
-        let mut first = 0;
-        while let Some(end) = usize::checked_add(first, slots).filter(|&end| end <= self.engine.slots(seen)) {
+        let (aligned, step) = aligned_steps(seen.start, self.engine.block, align)?;
+        let mut first = aligned;
+        while let Some(end) = first.checked_add(slots).filter(|&end| end <= self.engine.slots(seen)) {
             // The last slot that is taken rules out every candidate up to it.
-            if let Some(taken) = (first..end).rev().find(|&slot| !seen.is_free(slot)) {
-                first = taken + 1;
-            } else if (seen.start + first * self.engine.block) & (align - 1) != 0 {
-                first += 1;
+            if let Some(taken) = last_taken(seen, first, end) {
+                let next = next_free(seen, taken + 1, self.engine.slots(seen))?;
+                first = aligned + (next - aligned).next_multiple_of(step);
             } else if let Some(fresh) = take_slots(seen, first, end) {
                 return Some((first, fresh));
             }
@@ -440,11 +484,9 @@ unsafe impl Engine for SlowSide<'_> {
 
     unsafe fn reset(&mut self) {
         for seen in self.seen() {
-            for slot in 0..self.engine.slots(&seen) {
-                if !seen.is_free(slot) && !seen.is_tail(slot) {
-                    release_run(&seen, slot, run_len(&seen, self.engine.slots(&seen), slot));
-                }
-            }
+            let slots = self.engine.slots(&seen);
+            for_groups(&seen, 0, slots, |group, _| group.head.store(0, Ordering::Relaxed));
+            give_slots(&seen, 0, slots);
         }
     }
 
@@ -505,10 +547,18 @@ unsafe impl Engine for SlowSide<'_> {
     fn for_each_live(&self, visit: &mut dyn FnMut(Block)) {
         for seen in self.seen() {
             let slots = self.engine.slots(&seen);
-            for slot in (0..slots).filter(|&slot| !seen.is_free(slot) && !seen.is_tail(slot)) {
-                let size = run_len(&seen, slots, slot) * self.engine.block;
-                visit(Block { start: seen.start + slot * self.engine.block, size, dirty: size });
-            }
+            let mut first = 0;
+            for_groups(&seen, 0, slots, |group, bits| {
+                let free = free_bits(group.word.load(Ordering::Acquire));
+                let mut heads = !free & !group.tail.load(Ordering::Relaxed) & bits;
+                while heads != 0 {
+                    let slot = first + heads.trailing_zeros() as usize;
+                    let size = run_len(&seen, slots, slot) * self.engine.block;
+                    visit(Block { start: seen.start + slot * self.engine.block, size, dirty: size });
+                    heads &= heads - 1;
+                }
+                first += GROUP;
+            });
         }
     }
 
@@ -521,27 +571,39 @@ unsafe impl Engine for SlowSide<'_> {
             if self.engine.slots(&seen) != info.slots || seen.groups != info.groups {
                 return broken("5: a cell says what its span is", 0);
             }
-            let mut before_is_run = false;
-            for slot in 0..info.slots {
-                let group = seen.group(slot);
+            // Whether the slot before the group is of a run, as bit 0.
+            let mut run_before = 0;
+            for first in (0..info.slots).step_by(GROUP) {
+                let here = bits(0, GROUP.min(info.slots - first));
+                let group = seen.group(first);
                 let place = group.place.load(Ordering::Relaxed);
-                let base = seen.start + slot / GROUP * GROUP * self.engine.block;
-                if place & (ADDRESSES - 1) != base {
-                    return broken("3: a group knows its place", slot);
+                if place & (ADDRESSES - 1) != seen.start + first * self.engine.block {
+                    return broken("3: a group knows its place", first);
                 }
                 let word = group.word.load(Ordering::Relaxed);
-                let (free, tail) = (seen.is_free(slot), seen.is_tail(slot));
-                let head = group.head.load(Ordering::Relaxed) >> (slot % GROUP) & 1 != 0;
-                if free && (tail || head) || tail && (head || !before_is_run) {
-                    return broken("4: marks are on live slots, tails follow their head", slot);
+                let (head, tail) = (group.head.load(Ordering::Relaxed), group.tail.load(Ordering::Relaxed));
+                let free = free_bits(word);
+                if (free | head | tail) & !here != 0 {
+                    return broken("1: no bits behind the last slot", first);
                 }
-                if head && (slot + 1 == info.slots || !seen.is_tail(slot + 1)) {
-                    return broken("4: a run has several slots", slot);
+                if (head | tail) & free != 0 || tail & (head | !((head | tail) << 1 | run_before)) != 0 {
+                    return broken("4: marks are on live slots, tails follow their head", first);
                 }
-                if !free && slot as u32 % GROUP as u32 >= high(word) {
-                    return broken("high: what is live was handed out", slot);
+                let next = if first + GROUP < info.slots {
+                    seen.group(first + GROUP).tail.load(Ordering::Relaxed)
+                } else {
+                    0
+                };
+                if head & !(tail >> 1 | next << (GROUP - 1)) != 0 {
+                    return broken("4: a run has several slots", first);
                 }
-                before_is_run = head || tail;
+                if !free & here & !bits_below(high(word)) != 0 {
+                    return broken("high: what is live was handed out", first);
+                }
+                if free != 0 && group.summary().load(Ordering::Relaxed) & group.bit == 0 {
+                    return broken("6: the summary knows of free slots", first);
+                }
+                run_before = (head | tail) >> (GROUP - 1);
             }
         }
         Ok(())

@@ -4,7 +4,7 @@ use core::marker::PhantomData;
 use core::ptr::NonNull;
 
 use super::home::Home;
-use crate::base::bits::round_up;
+use crate::base::bits::{aligned_steps, round_up};
 use crate::engine::{Broken, Span};
 
 /// Spans an engine can hold. Pools at least double with each growth, so this is more than any address space
@@ -143,7 +143,8 @@ impl MapSpan {
 
     /// The first run of `slots` free slots whose address is a multiple of `align`.
     fn find_run(&self, slots: usize, align: usize, block: usize) -> Option<usize> {
-        let mut first = 0usize;
+        let (aligned, step) = aligned_steps(self.base, block, align)?;
+        let mut first = aligned;
         'candidate: while let Some(end) = first.checked_add(slots).filter(|&end| end <= self.slots) {
             // Look at the far end first: a taken slot there rules out all candidates before it.
             let mut slot = end;
@@ -153,16 +154,13 @@ impl MapSpan {
                 let bits = (u64::MAX >> (64 - (slot - from))) << (from % 64);
                 let taken = !self.free(word) & bits;
                 if taken != 0 {
-                    first = self.next_free(word * 64 + 64 - taken.leading_zeros() as usize)?;
+                    let next = self.next_free(word * 64 + 64 - taken.leading_zeros() as usize)?;
+                    first = aligned + (next - aligned).next_multiple_of(step);
                     continue 'candidate;
                 }
                 slot = from;
             }
-            let start = self.base + first * block;
-            if start & (align - 1) == 0 {
-                return Some(first);
-            }
-            first += 1;
+            return Some(first);
         }
         None
     }
