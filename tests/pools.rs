@@ -8,8 +8,8 @@ use std::sync::Arc;
 use conformance::faults::{Faulty, every_call_may_fail};
 use conformance::{Subject, all_rules, containers, shared_rules};
 use memory_pool::{
-    AnyPool, FixedPool, FreeRange, LocalFixedPool, LocalVariablePool, Policy, PoolConfig, Request, Result,
-    Strategy, SyncType, VariablePool,
+    AllocatorType, AnyPool, FixedPool, FreeRange, LocalFixedPool, LocalVariablePool, Policy, PoolConfig,
+    Request, Result, Strategy, SyncType, VariablePool,
 };
 
 type FaultyFixed = FixedPool<Faulty>;
@@ -129,6 +129,22 @@ fn local_variable_pools() {
 #[test]
 fn pools_of_any_kind() {
     for subject in fixed_subjects().into_iter().chain(variable_subjects()) {
+        all_rules::<AnyPool>(&subject, &AnyPool::new);
+        shared_rules::<AnyPool>(&subject, &AnyPool::new);
+        all_containers_by_handle!(AnyPool::new(subject.config).unwrap());
+    }
+}
+
+#[test]
+fn pools_with_the_debug_layer() {
+    let fixed =
+        Subject::host("debug, fixed", PoolConfig::debug_cpu().allocator_type(AllocatorType::FixedSize));
+    let subjects = [
+        Subject::host("debug, variable", PoolConfig::debug_cpu()),
+        Subject { config: fixed.config.clone().sync_type(SyncType::LockFree), ..fixed.clone() },
+        fixed,
+    ];
+    for subject in subjects {
         all_rules::<AnyPool>(&subject, &AnyPool::new);
         shared_rules::<AnyPool>(&subject, &AnyPool::new);
         all_containers_by_handle!(AnyPool::new(subject.config).unwrap());

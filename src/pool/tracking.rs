@@ -108,15 +108,19 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             engine.settle();
             (engine.live_bytes(), engine.free_bytes())
         });
-        // What the observer holds back is free as far as the user is concerned.
         let (held, held_bytes) = self.observer.held();
-        let current = (live + large.live_bytes).saturating_sub(held_bytes);
+        let current = if O::ACTIVE {
+            // What the observer adds to a block, or holds back, is not the user's.
+            self.active().iter().map(|block| block.size).sum()
+        } else {
+            live + large.live_bytes
+        };
         let reserved = self.reserved.load(Ordering::Relaxed);
         let peak_reserved = self.peak_reserved.load(Ordering::Relaxed).max(reserved);
         MemoryStats {
             total_allocated: shown.bytes,
             current_allocated: current,
-            peak_allocated: (totals.peak_bytes + large.peak_bytes).max(current),
+            peak_allocated: (totals.peak_bytes + large.peak_bytes).saturating_sub(held_bytes).max(current),
             allocation_count: shown.allocs,
             deallocation_count: shown.frees + held as u64,
             failed_count: self.failed.load(Ordering::Relaxed),
