@@ -108,7 +108,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             engine.settle();
             (engine.live_bytes(), engine.free_bytes())
         });
-        let (held, held_bytes) = self.observer.held();
+        let (held, _) = self.observer.held();
         let current = if O::ACTIVE {
             // What the observer adds to a block, or holds back, is not the user's.
             self.active().iter().map(|block| block.size).sum()
@@ -120,7 +120,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
         MemoryStats {
             total_allocated: shown.bytes,
             current_allocated: current,
-            peak_allocated: (totals.peak_bytes + large.peak_bytes).saturating_sub(held_bytes).max(current),
+            peak_allocated: (totals.peak_bytes + large.peak_bytes).max(current),
             allocation_count: shown.allocs,
             deallocation_count: shown.frees + held as u64,
             failed_count: self.failed.load(Ordering::Relaxed),
@@ -143,6 +143,8 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     }
 
     pub(super) fn reset_peak(&self) {
+        // What the observer holds back is no use of the user's.
+        self.evict(true);
         self.front.with(|engine| engine.reset_peak());
         self.large.reset_peak();
         self.peak_reserved.store(self.reserved.load(Ordering::Relaxed), Ordering::Relaxed);
