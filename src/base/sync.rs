@@ -12,9 +12,13 @@ pub(crate) use loom::sync::atomic;
 pub(crate) struct Lock<T>(Mutex<T>);
 
 #[cfg(loom)]
-use loom::sync::{Mutex, MutexGuard};
+use loom::sync::Mutex;
+#[cfg(loom)]
+pub(crate) use loom::sync::MutexGuard as LockGuard;
 #[cfg(not(loom))]
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
+#[cfg(not(loom))]
+pub(crate) use std::sync::MutexGuard as LockGuard;
 
 impl<T> Lock<T> {
     /// A lock around `value`.
@@ -31,7 +35,7 @@ impl<T> Lock<T> {
 
     /// Waits for the lock.
     #[inline]
-    pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
+    pub(crate) fn lock(&self) -> LockGuard<'_, T> {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }

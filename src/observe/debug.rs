@@ -21,7 +21,6 @@ use core::alloc::Layout;
 use core::cell::Cell;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
-use std::sync::MutexGuard;
 use std::time::Instant;
 
 use super::Observer;
@@ -38,7 +37,7 @@ use crate::base::latency::LatencyRecorder;
 use crate::base::report;
 use crate::base::stack::{Stack, thread_number};
 use crate::base::stats::Latency;
-use crate::base::sync::Lock;
+use crate::base::sync::{Lock, LockGuard};
 use crate::engine::Block;
 
 /// Blocks remembered after they went back to the engine.
@@ -257,7 +256,7 @@ impl<R: Reach> DebugLayer<R> {
 
     /// Acts upon findings, deferred ones as well.
     #[cold]
-    pub(super) fn act(&self, mut books: MutexGuard<'_, Books>, mut findings: Vec<Finding>) {
+    pub(super) fn act(&self, mut books: LockGuard<'_, Books>, mut findings: Vec<Finding>) {
         findings.append(&mut books.deferred);
         drop(books);
         self.tell(&findings);
