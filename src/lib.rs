@@ -6,6 +6,7 @@
 mod api;
 pub mod base;
 pub mod engine;
+mod heap;
 mod manager;
 pub mod observe;
 pub mod pool;
@@ -13,7 +14,7 @@ pub mod source;
 #[cfg(feature = "cli")]
 pub mod trace;
 
-pub use api::{PoolBox, PoolRef};
+pub use api::{GlobalPool, PoolBox, PoolRef};
 pub use base::config::{AllocatorType, DebugConfig, OnFinding, PoolConfig, Strategy, SyncType};
 pub use base::diagnostics::{Diagnostics, FindingLog, Operation, OperationKind};
 pub use base::error::{Error, ErrorCategory, Result};
@@ -24,9 +25,12 @@ pub use base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
 pub use base::stack::{Frame, Stack};
 pub use base::stats::{Latency, MemoryStats};
 pub use base::transfer::{CopySource, CopyTarget};
+pub use heap::stats::{ClassStats, HeapStats};
 pub use manager::{Managed, ManagerStats, PoolManager, PoolSummary, allocate, allocate_in};
 pub use observe::DebugLayer;
-pub use pool::{AnyPool, FixedPool, LocalFixedPool, LocalVariablePool, LockFreeFixedPool, VariablePool};
+pub use pool::{
+    AnyPool, CpuPool, FixedPool, LocalFixedPool, LocalVariablePool, LockFreeFixedPool, VariablePool,
+};
 
 /// The examples of the README, compiled and run.
 #[cfg(doctest)]

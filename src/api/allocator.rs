@@ -177,4 +177,6 @@ allocators! {
     [E: PoolEngine, S: Source, O: Observer] LocalPool<E, S, O>;
     [] AnyPool;
     [P: HostPool] PoolRef<P>;
+    [] crate::pool::CpuPool;
+    [] super::global::GlobalPool;
 }

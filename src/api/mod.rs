@@ -3,7 +3,9 @@
 
 mod allocator;
 mod boxed;
+mod global;
 mod named;
 
 pub use boxed::PoolBox;
+pub use global::GlobalPool;
 pub use named::PoolRef;

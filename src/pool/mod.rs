@@ -15,6 +15,7 @@
 mod any;
 mod batch;
 mod core;
+mod cpu;
 mod front;
 mod growth;
 mod interface;
@@ -32,6 +33,7 @@ use std::sync::Arc;
 
 pub use self::any::AnyPool;
 pub use self::core::Core;
+pub use self::cpu::CpuPool;
 pub use self::front::{BuildFront, Front, Local, Locked, PoolEngine};
 pub use self::interface::Host;
 pub use self::lock_free::{FixedFront, LockFree};

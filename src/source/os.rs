@@ -177,6 +177,26 @@ pub unsafe fn remap(base: NonNull<u8>, old: usize, new: usize, may_move: bool) -
     }
 }
 
+/// Moves the pages of a mapping onto `to`, a mapping of `new` bytes, which they replace; `None` where the
+/// system cannot, and both are then as they were.
+///
+/// # Safety
+/// Both are whole mappings made here; nothing in `to` is needed, and after success the old place is gone.
+pub unsafe fn remap_onto(base: NonNull<u8>, old: usize, to: NonNull<u8>, new: usize) -> Option<NonNull<u8>> {
+    #[cfg(target_os = "linux")]
+    {
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: the caller's contract.
+        let moved = unsafe { libc::mremap(base.as_ptr().cast(), old, new, flags, to.as_ptr()) };
+        if moved == libc::MAP_FAILED { None } else { NonNull::new(moved.cast()) }
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (base, old, to, new);
+        None
+    }
+}
+
 /// Which pages back an [`Os`] source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]

@@ -1,0 +1,172 @@
+//! The process heap as a program sees it.
+
+use core::alloc::{GlobalAlloc, Layout};
+use core::ptr::{self, NonNull};
+
+use crate::base::error::{Error, OomReason, Result};
+use crate::base::host::{HostPool, Resized};
+use crate::heap::stats::HeapStats;
+use crate::heap::{self, process};
+
+/// A handle on the one heap of the process, for `#[global_allocator]` and for containers.
+///
+/// ```
+/// use memory_pool::GlobalPool;
+/// #[global_allocator]
+/// static POOL: GlobalPool = GlobalPool::new();
+/// let numbers: Vec<u64> = (0..1000).collect();
+/// assert!(GlobalPool::owns(numbers.as_ptr().cast()));
+/// ```
+#[derive(Clone, Copy, Debug, Default)]
+pub struct GlobalPool(());
+
+impl GlobalPool {
+    /// The process heap, with its defaults.
+    pub const fn new() -> Self {
+        Self(())
+    }
+
+    /// Whether `ptr` lies in memory of the process heap. Any address may be asked about; none is read.
+    pub fn owns(ptr: *const u8) -> bool {
+        heap::owns(&process::HUB, ptr.addr())
+    }
+
+    /// Bytes that may be used at `ptr`; `None` where no block of the process heap begins there.
+    pub fn usable_size(ptr: *const u8) -> Option<usize> {
+        heap::block_size_at(&process::HUB, ptr.cast_mut())
+    }
+
+    /// What the heap did and holds.
+    ///
+    /// ```
+    /// use memory_pool::GlobalPool;
+    /// println!("{}", GlobalPool::stats());
+    /// ```
+    pub fn stats() -> HeapStats {
+        process::HUB.snapshot()
+    }
+
+    /// [`stats`](Self::stats) as a table for people.
+    pub fn report() -> String {
+        Self::stats().to_string()
+    }
+
+    /// Gives idle memory back to the system now: this thread's and what nobody owns at once, that of other
+    /// threads when they next need memory. Returns the bytes given back so far.
+    pub fn trim() -> usize {
+        let own = process::with_heap(heap::ThreadHeap::purge_all).unwrap_or(0);
+        own + process::HUB.trim()
+    }
+}
+
+// SAFETY: blocks are as large and aligned as asked (classes hold their sizes; larger blocks are cut by size),
+// and the heap never unwinds.
+unsafe impl GlobalAlloc for GlobalPool {
+    #[inline]
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        match heap::of_layout(layout.size(), layout.align()) {
+            Some(class) => process::alloc(class),
+            None => process::alloc_big(layout.size(), layout.align()).0,
+        }
+    }
+
+    #[inline]
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: the caller's contract: a live block of this layout, whose class is that of the layout.
+        unsafe {
+            match heap::of_layout(layout.size(), layout.align()) {
+                Some(class) => process::free(class, ptr),
+                None => process::free_unsized(ptr),
+            }
+        }
+    }
+
+    #[inline]
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        let (block, zeroed) = match heap::of_layout(layout.size(), layout.align()) {
+            Some(class) => (process::alloc(class), false),
+            None => process::alloc_big(layout.size(), layout.align()),
+        };
+        if !block.is_null() && !zeroed {
+            // SAFETY: a fresh block of that size.
+            unsafe { block.write_bytes(0, layout.size()) };
+        }
+        block
+    }
+
+    #[inline]
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        let (old_class, new_class) =
+            (heap::of_layout(layout.size(), layout.align()), heap::of_layout(new_size, layout.align()));
+        if old_class.is_some() && old_class == new_class {
+            return ptr;
+        }
+        // SAFETY: the caller's contract.
+        unsafe { realloc_slow(self, ptr, layout, new_size) }
+    }
+}
+
+/// # Safety
+/// As for `GlobalAlloc::realloc`.
+#[inline(never)]
+unsafe fn realloc_slow(pool: &GlobalPool, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+    // SAFETY: the caller's contract; the new block holds what is copied.
+    unsafe {
+        if heap::of_layout(layout.size(), layout.align()).is_none()
+            && heap::of_layout(new_size, layout.align()).is_none()
+            && let Some((block, _)) = heap::resize_big(ptr, new_size, true)
+        {
+            return block;
+        }
+        let block = pool.alloc(Layout::from_size_align_unchecked(new_size, layout.align()));
+        if !block.is_null() {
+            ptr::copy_nonoverlapping(ptr, block, layout.size().min(new_size));
+            pool.dealloc(ptr, layout);
+        }
+        block
+    }
+}
+
+fn usable(block: NonNull<u8>, layout: Layout) -> NonNull<[u8]> {
+    let size = match heap::of_layout(layout.size(), layout.align()) {
+        Some(class) => heap::class_size(class),
+        // SAFETY: a block just handed out.
+        None => unsafe { heap::usable_size(block.as_ptr()) },
+    };
+    NonNull::slice_from_raw_parts(block, size)
+}
+
+// SAFETY: blocks live until freed, whatever becomes of handles; see `GlobalAlloc` above.
+unsafe impl HostPool for GlobalPool {
+    #[inline]
+    fn obtain(&self, layout: Layout, zeroed: bool) -> Result<NonNull<[u8]>> {
+        // SAFETY: the size is not 0 (contract of HostPool).
+        let block = unsafe { if zeroed { self.alloc_zeroed(layout) } else { self.alloc(layout) } };
+        match NonNull::new(block) {
+            Some(block) if zeroed => Ok(NonNull::slice_from_raw_parts(block, layout.size())),
+            Some(block) => Ok(usable(block, layout)),
+            None => Err(Error::oom(layout.size(), OomReason::Source)),
+        }
+    }
+
+    #[inline]
+    unsafe fn give_back(&self, ptr: NonNull<u8>, layout: Layout) {
+        // SAFETY: the caller's contract; all fitting layouts lead to the same class.
+        unsafe { self.dealloc(ptr.as_ptr(), layout) }
+    }
+
+    unsafe fn grow_in_place(&self, ptr: NonNull<u8>, old: Layout, new: Layout) -> Option<Resized> {
+        // SAFETY: the caller's contract.
+        unsafe { heap::resize_in_place(ptr, old, new, false) }
+    }
+
+    unsafe fn shrink_in_place(&self, ptr: NonNull<u8>, old: Layout, new: Layout) -> Option<NonNull<[u8]>> {
+        // SAFETY: the caller's contract.
+        unsafe { heap::resize_in_place(ptr, old, new, false) }.map(|resized| resized.block)
+    }
+
+    unsafe fn relocate(&self, ptr: NonNull<u8>, old: Layout, new: Layout) -> Option<Resized> {
+        // SAFETY: the caller's contract.
+        unsafe { heap::resize_in_place(ptr, old, new, true) }
+    }
+}

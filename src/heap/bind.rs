@@ -1,0 +1,188 @@
+//! The process heap: one hub, and a heap bound to each thread.
+//!
+//! A thread's slot is a plain pointer without a destructor, so that it can be read at any time: it points to
+//! `UNBOUND` at first, to the thread's heap once it allocated or freed, and to `ENDED` after the exit hook (a
+//! pthread key, which runs after Rust's own destructors) took the heap away. From then on the thread uses the
+//! hub's `late` heap under its lock. Binding may be entered again by what it calls (some systems allocate in
+//! `pthread_setspecific`), so the slot is set first.
+
+use core::cell::Cell;
+use core::ffi::c_void;
+use core::ptr;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use super::hub::{self, Hub};
+use super::large;
+use super::segment::{SINGLE, segment_of};
+use super::slow::post_one;
+use super::thread::{ENDED, Front, ThreadHeap, UNBOUND};
+
+thread_local! {
+    static FRONT: Cell<*const Front> = const { Cell::new(&raw const UNBOUND) };
+}
+
+#[inline(always)]
+fn front() -> &'static Front {
+    // SAFETY: the slot always points to a static front or to this thread's heap, which lives for ever.
+    FRONT.with(|front| unsafe { &*front.get() })
+}
+
+/// The heap of the process: what `#[global_allocator]` uses.
+pub(crate) mod process {
+    use super::*;
+    use crate::heap::{fault, segment_of_small};
+
+    pub(crate) static HUB: Hub = Hub::new(usize::MAX);
+
+    /// A block for a layout whose class is known.
+    #[inline(always)]
+    pub(crate) fn alloc(class: usize) -> *mut u8 {
+        // SAFETY: the front is this thread's, and classes are in range.
+        let block = unsafe { front().pop(class) };
+        if block.is_null() { alloc_slow(class) } else { block }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn alloc_slow(class: usize) -> *mut u8 {
+        with_heap(|heap| heap.alloc(class)).unwrap_or(ptr::null_mut())
+    }
+
+    /// A block for a layout without a class. The flag says whether it is zero.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn alloc_big(size: usize, align: usize) -> (*mut u8, bool) {
+        with_heap(|heap| heap.alloc_big(size, align)).unwrap_or((ptr::null_mut(), false))
+    }
+
+    /// Frees a block of `class`.
+    ///
+    /// # Safety
+    /// `block` is a live block of the process heap, of that class.
+    #[inline(always)]
+    pub(crate) unsafe fn free(class: usize, block: *mut u8) {
+        let front = front();
+        // SAFETY: a live block has a segment.
+        let owner = unsafe { (*segment_of_small(block)).head.owner.load(Ordering::Relaxed) };
+        if ptr::eq(owner.cast(), front) {
+            // SAFETY: as above, and the block is this thread's.
+            if !unsafe { front.push(class, block) } {
+                // SAFETY: the front of a thread that owns a segment is its heap.
+                unsafe { &*owner }.flush(class, block);
+            }
+        } else {
+            free_other(class, block);
+        }
+    }
+
+    #[inline(never)]
+    fn free_other(class: usize, block: *mut u8) {
+        match bound() {
+            // SAFETY: the caller's contract.
+            Some(heap) => heap.free_remote(class, block),
+            // SAFETY: the block is live, so its segment is there.
+            None => post_one(unsafe { &*segment_of(block) }, block),
+        }
+    }
+
+    /// Frees a block of which nothing is known.
+    ///
+    /// # Safety
+    /// `block` is a live block of the process heap.
+    #[inline]
+    pub(crate) unsafe fn free_unsized(block: *mut u8) {
+        let front = front();
+        // SAFETY: a live block has books before it.
+        let segment = unsafe { &*segment_of(block) };
+        let owner = segment.head.owner.load(Ordering::Relaxed);
+        if ptr::eq(owner.cast(), front) {
+            // SAFETY: the front of a thread that owns a segment is its heap; the block is the caller's.
+            unsafe { (*owner).free_unsized(block) };
+        } else {
+            // SAFETY: the caller's contract.
+            unsafe { free_unsized_slow(block) };
+        }
+    }
+
+    #[inline(never)]
+    unsafe fn free_unsized_slow(block: *mut u8) {
+        if let Some(heap) = bound() {
+            // SAFETY: the caller's contract.
+            return unsafe { heap.free_unsized(block) };
+        }
+        // SAFETY: a live block has books before it.
+        let segment = unsafe { &*segment_of(block) };
+        match large::Large::at(segment) {
+            Some(large) => large::free(large),
+            None if segment.class_at(block) <= SINGLE => post_one(segment, block),
+            None => fault::invalid_free(block),
+        }
+    }
+
+    /// This thread's heap, bound now if it was not; `None` after the thread's exit hook or without memory.
+    pub(crate) fn bound() -> Option<&'static ThreadHeap> {
+        let front = front();
+        if ptr::eq(front, &UNBOUND) {
+            bind()
+        } else if ptr::eq(front, &ENDED) {
+            None
+        } else {
+            // SAFETY: every other front is the first field of a heap.
+            Some(unsafe { &*ptr::from_ref(front).cast::<ThreadHeap>() })
+        }
+    }
+
+    /// Runs `work` on this thread's heap, or on the one for threads that have none any more.
+    pub(crate) fn with_heap<R>(work: impl FnOnce(&ThreadHeap) -> R) -> Option<R> {
+        match bound() {
+            Some(heap) => Some(work(heap)),
+            None => HUB.with_late(work),
+        }
+    }
+}
+
+#[cold]
+fn bind() -> Option<&'static ThreadHeap> {
+    let heap = process::HUB.take_heap()?;
+    FRONT.with(|front| front.set(&heap.front));
+    prepare();
+    let key = KEY.load(Ordering::Acquire);
+    if key != NO_KEY {
+        // SAFETY: the key was made by `prepare`.
+        unsafe { libc::pthread_setspecific(key as libc::pthread_key_t, ptr::from_ref(heap).cast()) };
+    }
+    Some(heap)
+}
+
+const NO_KEY: u64 = u64::MAX;
+static KEY: AtomicU64 = AtomicU64::new(NO_KEY);
+static PREPARED: AtomicU32 = AtomicU32::new(0);
+
+/// Once a process: the key whose destructor ends a thread's heap, and the handlers around `fork`.
+pub(crate) fn prepare() {
+    if PREPARED.swap(1, Ordering::AcqRel) != 0 {
+        // The first thread is about to set the key; without it only that thread's heap would be left over.
+        while PREPARED.load(Ordering::Acquire) == 1 && KEY.load(Ordering::Acquire) == NO_KEY {
+            core::hint::spin_loop();
+        }
+        return;
+    }
+    process::HUB.enlist();
+    let mut key = 0;
+    // SAFETY: plain calls of the C library with functions that never unwind.
+    unsafe {
+        if libc::pthread_key_create(&mut key, Some(on_thread_end)) == 0 {
+            KEY.store(key as u64, Ordering::Release);
+        }
+        PREPARED.store(2, Ordering::Release);
+        libc::pthread_atfork(Some(hub::before_fork), Some(hub::after_fork), Some(hub::after_fork));
+    }
+}
+
+extern "C" fn on_thread_end(heap: *mut c_void) {
+    FRONT.with(|front| front.set(&ENDED));
+    // SAFETY: the key's value is this thread's heap, which lives for ever.
+    let heap = unsafe { &*heap.cast::<ThreadHeap>() };
+    heap.end();
+    process::HUB.put_heap(heap);
+}

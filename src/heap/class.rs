@@ -1,0 +1,115 @@
+//! Size classes: which block size serves a request.
+//!
+//! Sizes up to 256 bytes go in steps of 16; above, each doubling is cut into eight, so that at most one
+//! ninth of a block is unused. Every function is `const` and folds away for a constant layout.
+
+/// Number of size classes.
+pub(crate) const COUNT: usize = 80;
+/// Largest size that has a class; larger requests take slices or mappings of their own.
+pub(crate) const MAX: usize = 64 << 10;
+/// Alignment that every block has.
+pub(crate) const MIN_ALIGN: usize = 16;
+/// Requests up to this size find their class in a table, the others compute it.
+const TABLE_MAX: usize = 1024;
+
+static TABLE: [u8; TABLE_MAX / 16 + 1] = {
+    let mut table = [0; TABLE_MAX / 16 + 1];
+    let mut step = 1;
+    while step < table.len() {
+        table[step] = compute(step * 16) as u8;
+        step += 1;
+    }
+    table
+};
+
+/// The class by arithmetic: the position of the leading bit chooses the doubling, the next three the step.
+#[inline(always)]
+const fn compute(size: usize) -> usize {
+    let last = size - 1;
+    let shift = (last | 128).ilog2() as usize - 3;
+    (shift - 4) * 8 + (last >> shift)
+}
+
+/// The class whose blocks hold `size` bytes; `size <= MAX`.
+#[inline(always)]
+pub(crate) fn of(size: usize) -> usize {
+    debug_assert!(size <= MAX);
+    if size <= TABLE_MAX { TABLE[(size + 15) >> 4] as usize } else { compute(size) }
+}
+
+/// The class for `size` bytes at a multiple of `align`; `None` when only a mapping of its own will do. All
+/// sizes from the one asked for up to the block's give the same class.
+#[inline(always)]
+pub(crate) fn of_layout(size: usize, align: usize) -> Option<usize> {
+    // Blocks start at a multiple of the largest power of two that divides their size.
+    let size = if align <= MIN_ALIGN { size } else { size.checked_add(align - 1)? & !(align - 1) };
+    if size <= MAX { Some(of(size)) } else { None }
+}
+
+/// Block size of a class.
+#[inline]
+pub(crate) const fn size(class: usize) -> usize {
+    if class < 16 { (class + 1) * 16 } else { (class % 8 + 9) << (class / 8 + 3) }
+}
+
+/// Slices of a span of this class: at least 16 blocks up to 16 KiB, at least 8 above.
+pub(crate) const fn slices(class: usize) -> usize {
+    match size(class) {
+        0..=0x1000 => 1,
+        0x1001..=0x4000 => 4,
+        _ => 8,
+    }
+}
+
+/// Blocks that a thread keeps of this class before it hands half of them back.
+pub(crate) const fn cache_capacity(class: usize) -> usize {
+    match size(class) {
+        0..=0x100 => 128,
+        0x101..=0x400 => 64,
+        0x401..=0x1000 => 32,
+        0x1001..=0x4000 => 16,
+        0x4001..=0x8000 => 8,
+        _ => 4,
+    }
+}
+
+/// Blocks of other threads that a thread gathers before it posts them.
+pub(crate) const fn outbox_capacity(class: usize) -> usize {
+    let half = cache_capacity(class) / 2;
+    if half > 32 { 32 } else { half }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_hold_their_sizes_with_little_waste() {
+        for asked in 1..=MAX {
+            let class = of(asked);
+            let block = size(class);
+            assert!(class < COUNT && block >= asked, "{asked}");
+            assert!(class == 0 || size(class - 1) < asked, "{asked} fits a smaller class");
+            assert!(asked < 128 || (block - asked) * 8 <= block, "{asked} wastes in {block}");
+        }
+        assert_eq!((size(0), size(COUNT - 1)), (16, MAX));
+    }
+
+    #[test]
+    fn aligned_layouts_keep_one_class_over_all_fitting_sizes() {
+        for align in (0..=16).map(|shift| 1 << shift) {
+            for asked in [1, 24, 100, 250, 300, 1000, 5000, 33000, 65536usize] {
+                let Some(class) = of_layout(asked, align) else {
+                    assert!(asked.next_multiple_of(align) > MAX);
+                    continue;
+                };
+                let block = size(class);
+                assert!(block >= asked && block.is_multiple_of(align));
+                for fitting in [asked, (asked + block) / 2, block] {
+                    assert_eq!(of_layout(fitting, align), Some(class), "{asked} {fitting} {align}");
+                }
+            }
+        }
+        assert_eq!(of_layout(usize::MAX, 4096), None);
+    }
+}

@@ -1,0 +1,469 @@
+//! What the threads of one heap share: segments that nobody owns, heaps of threads that ended, the limit.
+//!
+//! Everything in `Shared` is under one lock, which is held for list operations only; the operating system is
+//! called without it, except to give memory back. Lock order: `late`, then `shared`, then `larges`.
+
+use core::cell::Cell;
+use core::ptr;
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use super::large::Larges;
+use super::list::List;
+use super::lock::SpinLock;
+use super::registry;
+use super::segment::{HEADER, SEGMENT, SLICE, Segment, Segments};
+use super::thread::ThreadHeap;
+use crate::source::os;
+
+/// Segments reserved at once, so that most segments cost no call. Address space only.
+const SMALL_REGION: usize = 4;
+const HUGE_REGION: usize = 16;
+/// Idle memory that unowned segments may hold: enough for a stream of short threads.
+const WARM: usize = 4 << 20;
+
+/// The shared part of a heap.
+pub(crate) struct Hub {
+    /// Most bytes that spans and large blocks may hold.
+    limit: AtomicUsize,
+    held: AtomicUsize,
+    /// What was asked for ahead of need: memory in use up to here is no growth.
+    booked: AtomicUsize,
+    pub(super) shared: SpinLock<Shared>,
+    /// The heap of threads that have none any more: they allocate under this lock.
+    pub(super) late: SpinLock<LateHeap>,
+    pub(super) larges: SpinLock<Larges>,
+    pub(crate) counters: Counters,
+    /// Rises when somebody asks all threads to give idle memory back.
+    trims: AtomicU32,
+    /// Whether huge pages may be asked for.
+    pub(crate) huge: AtomicBool,
+    next_hub: AtomicPtr<Hub>,
+    /// Calls to the operating system that are let through before one fails; `u64::MAX` for all.
+    #[cfg(test)]
+    pub(super) fail_after: AtomicU64,
+}
+
+/// What only slow paths count.
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub(crate) reserved: AtomicUsize,
+    pub(crate) os_calls: AtomicU64,
+    pub(crate) large_live: AtomicUsize,
+    pub(crate) large_count: AtomicU64,
+    /// Memory held by spans of abandoned segments.
+    pub(crate) orphaned: AtomicUsize,
+}
+
+/// Lists of segments and heaps that nobody owns.
+pub(super) struct Shared {
+    /// Small pages, huge pages.
+    vacant: [List<Segments>; 2],
+    /// Reserved and not yet made into segments: (next, end).
+    fresh: [(usize, usize); 2],
+    pub(super) abandoned: List<Segments>,
+    idle_heaps: *const ThreadHeap,
+    pub(super) all_heaps: *const ThreadHeap,
+    pub(super) all_segments: *const Segment,
+    warm: usize,
+}
+
+// SAFETY: the pointers are to memory of the hub, and only the holder of the lock follows them.
+unsafe impl Send for Shared {}
+
+pub(super) struct LateHeap(Cell<*const ThreadHeap>);
+// SAFETY: as above.
+unsafe impl Send for LateHeap {}
+
+// SAFETY: atomics and locks; segments and heaps are handed over under the lock.
+unsafe impl Sync for Hub {}
+// SAFETY: nothing is bound to the thread that made it.
+unsafe impl Send for Hub {}
+
+impl Hub {
+    pub(crate) const fn new(limit: usize) -> Self {
+        Self {
+            limit: AtomicUsize::new(limit),
+            held: AtomicUsize::new(0),
+            booked: AtomicUsize::new(0),
+            shared: SpinLock::new(Shared {
+                vacant: [List::new(), List::new()],
+                fresh: [(0, 0); 2],
+                abandoned: List::new(),
+                idle_heaps: ptr::null(),
+                all_heaps: ptr::null(),
+                all_segments: ptr::null(),
+                warm: 0,
+            }),
+            late: SpinLock::new(LateHeap(Cell::new(ptr::null()))),
+            larges: SpinLock::new(Larges::new()),
+            counters: Counters {
+                reserved: AtomicUsize::new(0),
+                os_calls: AtomicU64::new(0),
+                large_live: AtomicUsize::new(0),
+                large_count: AtomicU64::new(0),
+                orphaned: AtomicUsize::new(0),
+            },
+            trims: AtomicU32::new(0),
+            huge: AtomicBool::new(true),
+            next_hub: AtomicPtr::new(ptr::null_mut()),
+            #[cfg(test)]
+            fail_after: AtomicU64::new(u64::MAX),
+        }
+    }
+
+    /// Maps memory, and counts it.
+    pub(super) fn map(&self, len: usize, align: usize) -> Option<*mut u8> {
+        #[cfg(test)]
+        {
+            let let_through =
+                self.fail_after.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| match left {
+                    u64::MAX => Some(u64::MAX),
+                    left => left.checked_sub(1),
+                });
+            if let_through.is_err() {
+                return None;
+            }
+        }
+        self.count_call();
+        let base = os::map(len, align, os::Access::ReadWrite).ok()?;
+        self.counters.reserved.fetch_add(len, Ordering::Relaxed);
+        Some(base.as_ptr())
+    }
+
+    /// # Safety
+    /// As for `os::unmap`, and the memory came from `map`.
+    pub(super) unsafe fn unmap(&self, base: *mut u8, len: usize) {
+        self.count_call();
+        self.counters.reserved.fetch_sub(len, Ordering::Relaxed);
+        if let Some(base) = ptr::NonNull::new(base) {
+            // SAFETY: the caller's contract.
+            unsafe { os::unmap(base, len) }
+        }
+    }
+
+    /// # Safety
+    /// As for `os::discard`.
+    pub(super) unsafe fn discard(&self, base: *mut u8, len: usize) -> bool {
+        self.count_call();
+        // SAFETY: the caller's contract.
+        ptr::NonNull::new(base).is_some_and(|base| unsafe { os::discard(base, len) })
+    }
+
+    pub(super) fn count_call(&self) {
+        self.counters.os_calls.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn limit(&self) -> usize {
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn booked(&self) -> usize {
+        self.booked.load(Ordering::Relaxed)
+    }
+
+    /// Makes room for `bytes` more than are in use; false where there is none.
+    pub(crate) fn book(&self, bytes: usize) -> bool {
+        let Some(total) = self.snapshot().committed.checked_add(bytes).filter(|&sum| sum <= self.limit())
+        else {
+            return false;
+        };
+        let Some(len) = bytes.checked_add(bytes / 16 + SEGMENT).map(|len| len & !(SEGMENT - 1)) else {
+            return false;
+        };
+        let (next, end) = self.shared.lock().fresh[0];
+        if end - next < len {
+            let Some(base) = self.map(len, SEGMENT) else { return false };
+            let (next, end) =
+                core::mem::replace(&mut self.shared.lock().fresh[0], (base as usize, base as usize + len));
+            if next < end {
+                // SAFETY: reserved and never handed out.
+                unsafe { self.unmap(next as *mut u8, end - next) };
+            }
+        }
+        self.booked.fetch_max(total, Ordering::Relaxed);
+        true
+    }
+
+    /// Keeps at most `keep` bytes booked beyond what is in use.
+    pub(crate) fn unbook(&self, keep: usize) {
+        let most = self.snapshot().committed.saturating_add(keep);
+        self.booked.fetch_min(most, Ordering::Relaxed);
+    }
+
+    /// Counts `bytes` towards the limit, or refuses.
+    pub(super) fn charge(&self, bytes: usize) -> bool {
+        let limit = self.limit();
+        if limit == usize::MAX {
+            return true;
+        }
+        self.held
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |held| {
+                held.checked_add(bytes).filter(|&sum| sum <= limit)
+            })
+            .is_ok()
+    }
+
+    pub(super) fn refund(&self, bytes: usize) {
+        if self.limit() != usize::MAX {
+            self.held.fetch_sub(bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// A segment for the calling thread, all vacant; the caller becomes its owner.
+    pub(super) fn take_segment(&self, huge: bool) -> Option<&Segment> {
+        let kind = usize::from(huge && self.huge.load(Ordering::Relaxed));
+        if let Some(segment) = self.take_present(kind) {
+            return Some(segment);
+        }
+        // No lock is held while the system is asked.
+        let mut len = if kind == 1 { HUGE_REGION } else { SMALL_REGION } * SEGMENT;
+        let base = self.map(len, SEGMENT).or_else(|| {
+            len = SEGMENT;
+            self.map(len, SEGMENT)
+        });
+        let Some(base) = base else { return self.take_present(1 - kind) };
+        // SAFETY: the region is ours. Small programs stay small even where the system prefers huge pages.
+        unsafe { os::advise_huge(ptr::NonNull::new_unchecked(base), len, kind == 1) };
+        let mut shared = self.shared.lock();
+        let (next, end) = shared.fresh[kind];
+        if next < end {
+            // Another thread was faster.
+            drop(shared);
+            // SAFETY: nobody has seen the region.
+            unsafe { self.unmap(base, len) };
+            return self.take_present(kind);
+        }
+        shared.fresh[kind] = (base as usize, base as usize + len);
+        drop(shared);
+        self.take_present(kind)
+    }
+
+    fn take_present(&self, kind: usize) -> Option<&Segment> {
+        let mut shared = self.shared.lock();
+        if let Some(segment) = shared.vacant[kind].pop_front().map(ptr::from_ref) {
+            // SAFETY: segments live as long as the hub (invariant 7).
+            let segment = unsafe { &*segment };
+            shared.warm -= segment.idle().count_ones() as usize * SLICE;
+            return Some(segment);
+        }
+        let (next, end) = shared.fresh[kind];
+        if next >= end || !registry::insert(next, SEGMENT, self, false) {
+            return None;
+        }
+        shared.fresh[kind].0 = next + SEGMENT;
+        // SAFETY: fresh memory of our region, handed out once.
+        let segment = unsafe { Segment::create(next as *mut u8, self, kind == 1) };
+        segment.sibling.set(shared.all_segments);
+        shared.all_segments = segment;
+        Some(segment)
+    }
+
+    /// Takes back a segment with no live block, whose owner has let go of it. What it holds is kept up to a
+    /// bound and given back beyond.
+    pub(super) fn put_segment(&self, segment: &Segment) {
+        debug_assert!(segment.is_empty());
+        segment.head.owner.store(ptr::null_mut(), Ordering::Release);
+        let idle = segment.idle().count_ones() as usize * SLICE;
+        let mut shared = self.shared.lock();
+        if shared.warm + idle > WARM {
+            drop(shared);
+            self.empty_segment(segment);
+            shared = self.shared.lock();
+        } else {
+            shared.warm += idle;
+        }
+        shared.vacant[usize::from(segment.huge.get())].push_front(segment);
+    }
+
+    /// Gives back all memory of a segment with no live block but its books.
+    fn empty_segment(&self, segment: &Segment) {
+        // SAFETY: everything behind the header is vacant.
+        if unsafe { self.discard(segment.base().wrapping_add(HEADER), SEGMENT - HEADER) } {
+            segment.pristine.set(u64::MAX);
+        }
+    }
+
+    /// Gives back what unowned segments hold; returns the bytes.
+    pub(crate) fn trim(&self) -> usize {
+        self.trims.fetch_add(1, Ordering::Relaxed);
+        let shared = &mut *self.shared.lock();
+        let mut given = 0;
+        for segment in shared.vacant.iter().flat_map(List::iter) {
+            let idle = segment.idle().count_ones() as usize * SLICE;
+            if idle > 0 {
+                self.empty_segment(segment);
+                given += idle;
+            }
+        }
+        shared.warm = 0;
+        given
+    }
+
+    pub(super) fn trims(&self) -> u32 {
+        self.trims.load(Ordering::Relaxed)
+    }
+
+    /// Lists a segment whose owner ends while blocks of it are live.
+    pub(super) fn abandon(&self, segment: &Segment) {
+        let shared = self.shared.lock();
+        shared.abandoned.push_back(segment);
+        segment.head.owner.store(ptr::null_mut(), Ordering::Release);
+    }
+
+    /// Makes `heap` the owner of an abandoned segment: of `segment`, if it is still abandoned, or of any.
+    pub(super) fn adopt(&self, heap: &ThreadHeap, segment: Option<&Segment>) -> Option<&Segment> {
+        let shared = self.shared.lock();
+        let segment: *const Segment = match segment {
+            Some(segment) if segment.head.owner.load(Ordering::Acquire).is_null() => segment,
+            Some(_) => return None,
+            None => shared.abandoned.front()?,
+        };
+        // SAFETY: segments live as long as the hub.
+        let segment = unsafe { &*segment };
+        shared.abandoned.remove(segment);
+        segment.head.owner.store(ptr::from_ref(heap).cast_mut(), Ordering::Release);
+        Some(segment)
+    }
+
+    /// A heap for a thread: one that a thread left, or a new one.
+    pub(crate) fn take_heap(&self) -> Option<&ThreadHeap> {
+        {
+            let mut shared = self.shared.lock();
+            // SAFETY: heaps live as long as the hub.
+            if let Some(heap) = unsafe { shared.idle_heaps.as_ref() } {
+                shared.idle_heaps = heap.next_idle.get();
+                return Some(heap);
+            }
+        }
+        let base = self.map(Self::heap_bytes(), os::page_size())?;
+        // SAFETY: fresh zeroed memory of that size, for nobody else.
+        let heap = unsafe { ThreadHeap::create(base, self) };
+        let mut shared = self.shared.lock();
+        heap.next_heap.set(shared.all_heaps);
+        shared.all_heaps = heap;
+        Some(heap)
+    }
+
+    fn heap_bytes() -> usize {
+        size_of::<ThreadHeap>().next_multiple_of(os::page_size())
+    }
+
+    pub(crate) fn put_heap(&self, heap: &ThreadHeap) {
+        let mut shared = self.shared.lock();
+        heap.next_idle.set(shared.idle_heaps);
+        shared.idle_heaps = heap;
+    }
+
+    /// Runs `work` on the heap of threads that have none, under its lock.
+    pub(crate) fn with_late<R>(&self, work: impl FnOnce(&ThreadHeap) -> R) -> Option<R> {
+        let late = self.late.lock();
+        if late.0.get().is_null() {
+            late.0.set(self.take_heap()?);
+        }
+        // SAFETY: heaps live as long as the hub, and the lock makes us its only user.
+        Some(work(unsafe { &*late.0.get() }))
+    }
+
+    /// Adds the hub to those that are locked around `fork`.
+    pub(crate) fn enlist(&self) {
+        let mut hubs = HUBS.lock();
+        self.next_hub.store(hubs.0.cast_mut(), Ordering::Relaxed);
+        hubs.0 = self;
+    }
+
+    fn delist(&self) {
+        let mut hubs = HUBS.lock();
+        let next = self.next_hub.load(Ordering::Relaxed);
+        if ptr::eq(hubs.0, self) {
+            hubs.0 = next;
+            return;
+        }
+        // SAFETY: hubs delist before they go, so all on the list are alive.
+        let mut at = unsafe { hubs.0.as_ref() };
+        while let Some(hub) = at {
+            let after = hub.next_hub.load(Ordering::Relaxed);
+            if ptr::eq(after, self) {
+                hub.next_hub.store(next, Ordering::Relaxed);
+                return;
+            }
+            // SAFETY: as above.
+            at = unsafe { after.as_ref() };
+        }
+    }
+
+    /// Unmaps everything.
+    ///
+    /// # Safety
+    /// No thread uses this hub, a heap or a block of it any more.
+    pub(crate) unsafe fn demolish(&mut self) {
+        self.delist();
+        super::large::release_all(self);
+        let shared = self.shared.lock();
+        let (mut segment, mut heap, fresh) = (shared.all_segments, shared.all_heaps, shared.fresh);
+        drop(shared);
+        // SAFETY: all of it is memory of this hub, which nobody uses any more; what follows a node is read
+        // before the node goes.
+        unsafe {
+            while let Some(at) = segment.as_ref() {
+                segment = at.sibling.get();
+                registry::remove(at.base() as usize, SEGMENT);
+                self.unmap(at.base(), SEGMENT);
+            }
+            while let Some(at) = heap.as_ref() {
+                heap = at.next_heap.get();
+                self.unmap(ptr::from_ref(at).cast_mut().cast(), Self::heap_bytes());
+            }
+            for (next, end) in fresh {
+                if next < end {
+                    self.unmap(next as *mut u8, end - next);
+                }
+            }
+        }
+    }
+}
+
+/// All hubs, for `fork`.
+struct Hubs(*const Hub);
+// SAFETY: followed under the lock only; hubs delist before they go.
+unsafe impl Send for Hubs {}
+static HUBS: SpinLock<Hubs> = SpinLock::new(Hubs(ptr::null()));
+
+fn each_hub(hubs: *const Hub, visit: impl Fn(&Hub)) {
+    // SAFETY: called between the taking and the release of the lock of `HUBS`.
+    let mut at = unsafe { hubs.as_ref() };
+    while let Some(hub) = at {
+        visit(hub);
+        // SAFETY: as above.
+        at = unsafe { hub.next_hub.load(Ordering::Relaxed).as_ref() };
+    }
+}
+
+/// Takes every lock, so that the child finds them free and what they guard whole.
+pub(super) extern "C" fn before_fork() {
+    HUBS.lock_raw();
+    each_hub(hubs_held(), |hub| {
+        hub.late.lock_raw();
+        hub.shared.lock_raw();
+        hub.larges.lock_raw();
+    });
+    registry::GROWTH.lock_raw();
+}
+
+/// Lets go of them, in the parent and in the child.
+pub(super) extern "C" fn after_fork() {
+    // SAFETY: `before_fork` took them all.
+    unsafe {
+        registry::GROWTH.unlock_raw();
+        each_hub(hubs_held(), |hub| {
+            hub.larges.unlock_raw();
+            hub.shared.unlock_raw();
+            hub.late.unlock_raw();
+        });
+        HUBS.unlock_raw();
+    }
+}
+
+fn hubs_held() -> *const Hub {
+    // SAFETY: the lock is held by this thread, without a guard.
+    unsafe { HUBS.value_held().0 }
+}

@@ -1,0 +1,254 @@
+//! Blocks with a mapping of their own: larger than a sixteenth of a segment's slices, or aligned to more
+//! than a slice.
+//!
+//! ```text
+//! mapping ─▶ ┌──────────────┬─────────────────────────────┐
+//!            │ Large (page) │ block …                     │   the block lies behind its books, at a page,
+//!            └──────────────┴─────────────────────────────┘   or at its alignment if that is larger
+//! ```
+//! 1. The books are found where those of a segment would be, so both begin with a `Head`.
+//! 2. All larges of a hub are on its list, under its lock; the fields of one belong to who holds its block.
+
+use core::cell::Cell;
+use core::ptr::{self, NonNull};
+use core::sync::atomic::Ordering;
+
+use super::hub::Hub;
+use super::list::{Chain, Links, List};
+use super::registry;
+use super::segment::{Head, SEGMENT, Segment, segment_of};
+use crate::source::os;
+
+/// Mappings of this size ask for huge pages.
+const HUGE_FROM: usize = 8 << 20;
+
+/// The books of a large block.
+#[repr(C)]
+pub(crate) struct Large {
+    head: Head,
+    links: Links<Large>,
+    /// The mapping.
+    base: Cell<usize>,
+    len: Cell<usize>,
+    block: Cell<usize>,
+}
+
+pub(super) struct Chained;
+impl Chain for Chained {
+    type Node = Large;
+    fn links(node: &Large) -> &Links<Large> {
+        &node.links
+    }
+}
+
+/// The larges of a hub.
+pub(super) struct Larges(List<Chained>);
+// SAFETY: the nodes belong to the hub, and only the holder of its lock follows the links.
+unsafe impl Send for Larges {}
+
+impl Larges {
+    pub(super) const fn new() -> Self {
+        Self(List::new())
+    }
+
+    /// Whether an address lies in a block on the list.
+    pub(super) fn contain(&self, address: usize) -> bool {
+        self.0.iter().any(|large| (large.block.get()..large.base.get() + large.len.get()).contains(&address))
+    }
+
+    /// Calls `visit` with address and size of each block.
+    pub(super) fn each(&self, mut visit: impl FnMut(usize, usize)) {
+        self.0.iter().for_each(|large| visit(large.block.get(), large.usable()));
+    }
+}
+
+impl Large {
+    /// The large block whose books a segment's turn out to be.
+    pub(crate) fn at(segment: &Segment) -> Option<&Large> {
+        // SAFETY: both begin with a `Head`, which says which it is (1).
+        segment.head.large.get().then(|| unsafe { &*ptr::from_ref(segment).cast::<Large>() })
+    }
+
+    pub(crate) fn begins_at(&self, block: *mut u8) -> bool {
+        self.block.get() == block as usize
+    }
+
+    pub(crate) fn usable(&self) -> usize {
+        self.base.get() + self.len.get() - self.block.get()
+    }
+
+    fn hub(&self) -> &Hub {
+        // SAFETY: a hub outlives its blocks.
+        unsafe { &*self.head.hub.get() }
+    }
+
+    fn advise(&self) {
+        if self.len.get() >= HUGE_FROM && self.hub().huge.load(Ordering::Relaxed) {
+            // SAFETY: the mapping is ours.
+            unsafe {
+                os::advise_huge(NonNull::new_unchecked(self.base.get() as *mut u8), self.len.get(), true)
+            };
+        }
+    }
+
+    fn enlist(&self) {
+        let hub = self.hub();
+        hub.larges.lock().0.push_back(self);
+        hub.counters.large_live.fetch_add(self.len.get(), Ordering::Relaxed);
+        hub.counters.large_count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn delist(&self) {
+        let hub = self.hub();
+        hub.larges.lock().0.remove(self);
+        hub.counters.large_live.fetch_sub(self.len.get(), Ordering::Relaxed);
+        hub.counters.large_count.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A zeroed block; null where there is no memory or the limit is reached.
+#[cold]
+pub(crate) fn alloc(hub: &Hub, size: usize, align: usize) -> *mut u8 {
+    let page = os::page_size();
+    // Behind the books, at a multiple of the alignment; see `segment_of` for alignments past a segment.
+    let offset = align.max(page);
+    let Some(len) = size.checked_add(offset).and_then(|sum| sum.checked_next_multiple_of(page)) else {
+        return ptr::null_mut();
+    };
+    if len > isize::MAX as usize || !hub.charge(len) {
+        return ptr::null_mut();
+    }
+    let Some(base) = hub.map(len, align.max(SEGMENT)) else {
+        hub.refund(len);
+        return ptr::null_mut();
+    };
+    let block = base.wrapping_add(offset);
+    let books = segment_of(block).cast::<Large>();
+    let from = books as usize;
+    if !registry::insert(from, base as usize + len - from, hub, true) {
+        // SAFETY: nobody has seen the mapping.
+        unsafe { hub.unmap(base, len) };
+        hub.refund(len);
+        return ptr::null_mut();
+    }
+    // SAFETY: zeroed memory of the fresh mapping; all zero is a valid value.
+    let large = unsafe { &*books };
+    large.head.hub.set(hub);
+    large.head.large.set(true);
+    large.base.set(base as usize);
+    large.len.set(len);
+    large.block.set(block as usize);
+    large.advise();
+    large.enlist();
+    block
+}
+
+/// Frees a large block.
+#[cold]
+pub(crate) fn free(large: &Large) {
+    large.delist();
+    release(large);
+}
+
+fn release(large: &Large) {
+    let hub = large.hub();
+    let (base, len) = (large.base.get(), large.len.get());
+    let from = ptr::from_ref(large) as usize;
+    registry::remove(from, base + len - from);
+    hub.refund(len);
+    // SAFETY: the mapping is the block's own, and the block is free.
+    unsafe { hub.unmap(base as *mut u8, len) };
+}
+
+/// Frees all of a hub's.
+pub(super) fn release_all(hub: &Hub) {
+    loop {
+        let Some(large) = hub.larges.lock().0.pop_front().map(ptr::from_ref) else { return };
+        // SAFETY: nobody uses the hub's blocks any more.
+        release(unsafe { &*large });
+    }
+}
+
+/// Changes the size of a large block, in place or (with `may_move`) by moving its pages; `None` leaves it as
+/// it was. What is added reads as zero.
+#[cold]
+pub(crate) fn resize(large: &Large, size: usize, may_move: bool) -> Option<*mut u8> {
+    let page = os::page_size();
+    let hub = large.hub();
+    let (base, old, offset) = (large.base.get(), large.len.get(), large.block.get() - large.base.get());
+    let len = size.checked_add(offset)?.checked_next_multiple_of(page)?;
+    if len == old {
+        return Some(large.block.get() as *mut u8);
+    }
+    if len > isize::MAX as usize || (len > old && !hub.charge(len - old)) {
+        return None;
+    }
+    let moved = remap(hub, large, len, may_move && offset < SEGMENT);
+    let Some(new_base) = moved else {
+        if len > old {
+            hub.refund(len - old);
+        }
+        return None;
+    };
+    if len < old {
+        hub.refund(old - len);
+    }
+    debug_assert!(offset < SEGMENT || new_base == base);
+    Some((new_base + offset) as *mut u8)
+}
+
+/// Remaps to `len` bytes with all books in order; returns the new base.
+fn remap(hub: &Hub, large: &Large, len: usize, may_move: bool) -> Option<usize> {
+    let (base, old) = (large.base.get(), large.len.get());
+    let from = ptr::from_ref(large) as usize;
+    let start = NonNull::new(base as *mut u8)?;
+    large.delist();
+    hub.count_call();
+    // SAFETY: the mapping is the block's own.
+    if unsafe { os::remap(start, old, len, false) }.is_some() {
+        // A shorter one gives up units behind it; a longer one may need some.
+        if len < old {
+            let end = (base + len).next_multiple_of(SEGMENT);
+            let old_end = (base + old).next_multiple_of(SEGMENT);
+            registry::remove(end, old_end - end);
+        }
+        let noted = registry::insert(from, base + len - from, hub, true);
+        debug_assert!(noted || len > old);
+        hub.counters.reserved.fetch_add(len.wrapping_sub(old), Ordering::Relaxed);
+        large.len.set(len);
+        large.advise();
+        large.enlist();
+        return Some(base);
+    }
+    let moved = may_move.then(|| move_pages(hub, start, old, len)).flatten();
+    // SAFETY: moved, the books are at the new place; else at the old.
+    let large = unsafe { &*moved.map_or(ptr::from_ref(large), |to| to.as_ptr().cast()) };
+    if let Some(to) = moved {
+        large.base.set(to.as_ptr() as usize);
+        large.block.set(to.as_ptr() as usize + (large.block.get() - base));
+        large.len.set(len);
+        large.advise();
+    }
+    large.enlist();
+    moved.map(|to| to.as_ptr() as usize)
+}
+
+/// Moves the pages to a new, aligned place.
+fn move_pages(hub: &Hub, base: NonNull<u8>, old: usize, len: usize) -> Option<NonNull<u8>> {
+    let to = NonNull::new(hub.map(len, SEGMENT)?)?;
+    if !registry::insert(to.as_ptr() as usize, len, hub, true) {
+        // SAFETY: nobody has seen the place.
+        unsafe { hub.unmap(to.as_ptr(), len) };
+        return None;
+    }
+    // SAFETY: two whole mappings of ours; the new one is empty.
+    if unsafe { os::remap_onto(base, old, to, len) }.is_none() {
+        registry::remove(to.as_ptr() as usize, len);
+        // SAFETY: as above.
+        unsafe { hub.unmap(to.as_ptr(), len) };
+        return None;
+    }
+    registry::remove(base.as_ptr() as usize, old);
+    hub.counters.reserved.fetch_sub(old, Ordering::Relaxed);
+    Some(to)
+}

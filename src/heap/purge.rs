@@ -1,0 +1,144 @@
+//! How memory goes back to the system: at free time, in proportion, without a timer.
+//!
+//! A heap keeps idle memory up to half of what is live in it (and a little in any case), so that programs
+//! whose need swings by less fault nothing in again. Beyond that it gives back, cheapest first: whole
+//! segments, then idle slices, then free pages inside of spans. Spans are looked at only after a sixteenth of
+//! them was freed since the last look, so that the cost of looking stays a small part of the frees.
+
+use core::ptr;
+use core::sync::atomic::Ordering;
+
+use super::segment::{HEADER, Place, SLICE, Segment, Span, run};
+use super::thread::{ThreadHeap, bump, lower};
+use crate::source::os;
+
+/// Idle memory that a thread keeps in any case.
+const KEEP_LEAST: usize = 2 << 20;
+
+impl ThreadHeap {
+    #[inline]
+    pub(super) fn purge_if_due(&self) {
+        let keep = KEEP_LEAST.max(self.live.get() / 2);
+        if self.pending.get() > keep {
+            self.purge(keep - keep / 4);
+        }
+    }
+
+    /// Gives idle memory back until no more than `keep` bytes of it are left; returns the bytes given.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn purge(&self, keep: usize) -> usize {
+        let before = self.tally.discarded.load(Ordering::Relaxed);
+        while self.pending.get() > keep {
+            if let Some(segment) = self.idle_segments.front() {
+                if segment.is_empty() {
+                    let idle = segment.idle().count_ones() as usize * SLICE;
+                    self.leave(segment);
+                    self.hub().put_segment(segment);
+                    bump(&self.tally.discarded, idle as u64);
+                } else if !self.discard_idle(segment) {
+                    break;
+                }
+            } else if let Some(span) = self.queue.front() {
+                self.settle(span);
+            } else {
+                break;
+            }
+        }
+        (self.tally.discarded.load(Ordering::Relaxed) - before) as usize
+    }
+
+    /// Gives back everything that can be, also of spans that are not worth it at other times.
+    pub(crate) fn purge_all(&self) -> usize {
+        self.flush_all();
+        self.collect_all();
+        for segment in self.segments.iter() {
+            for span in segment.spans() {
+                if span.free_count.get() > span.settled.get() && !span.queued.replace(true) {
+                    self.queue.push_back(span);
+                }
+            }
+        }
+        self.purge(0)
+    }
+
+    /// Gives back the idle slices of a segment.
+    fn discard_idle(&self, segment: &Segment) -> bool {
+        let mut idle = segment.idle();
+        let mut done = 0;
+        while idle != 0 {
+            let first = idle.trailing_zeros() as usize;
+            let count = (idle >> first).trailing_ones() as usize;
+            let slices = run(first, count);
+            idle &= !slices;
+            let start = if first == 0 { HEADER } else { first * SLICE };
+            // SAFETY: vacant slices of a segment of this heap.
+            if unsafe {
+                self.hub().discard(segment.base().wrapping_add(start), (first + count) * SLICE - start)
+            } {
+                segment.pristine.set(segment.pristine.get() | slices);
+                done += count * SLICE;
+            }
+        }
+        self.pending.set(self.pending.get() - done);
+        bump(&self.tally.discarded, done as u64);
+        self.relist(segment);
+        done > 0
+    }
+
+    /// Gives back the free pages of a span.
+    fn settle(&self, span: &Span) {
+        let segment = self.segment_of_span(span);
+        if span.free_count.get() == span.carved.get() && span.place.get() != Place::Full {
+            self.retire(segment, span);
+            return;
+        }
+        self.queue.remove(span);
+        span.queued.set(false);
+        let given = segment.discard_free(span, os::page_size(), |start, len| {
+            // SAFETY: whole pages of free blocks of this heap.
+            unsafe { self.hub().discard(start, len) }
+        });
+        self.pending.set(self.pending.get() - span.unsettled());
+        span.settled.set(span.free_count.get());
+        span.rearm();
+        lower(&self.tally.committed, given as u64);
+        bump(&self.tally.discarded, given as u64);
+    }
+
+    /// Lets go of everything: the thread ends. Segments with live blocks are left to be adopted.
+    pub(crate) fn end(&self) {
+        self.flush_all();
+        self.collect_all();
+        let hub = self.hub();
+        for bin in &self.bins {
+            // SAFETY: the current span is this heap's, or null.
+            if let Some(span) = unsafe { bin.current.get().as_ref() }
+                && span.free_count.get() == span.carved.get()
+            {
+                self.retire(self.segment_of_span(span), span);
+            }
+        }
+        while let Some(segment) = self.segments.front() {
+            self.leave(segment);
+            if segment.is_empty() {
+                hub.put_segment(segment);
+                continue;
+            }
+            for span in segment.spans() {
+                hub.counters.orphaned.fetch_add(span.held() as usize, Ordering::Relaxed);
+            }
+            hub.abandon(segment);
+        }
+        // The spans keep stale links; who adopts them links them anew.
+        self.queue.clear();
+        for bin in &self.bins {
+            bin.partial.clear();
+            bin.current.set(ptr::null());
+            bin.batch.set(0);
+        }
+        self.live.set(0);
+        self.pending.set(0);
+        self.tally.committed.store(0, Ordering::Relaxed);
+    }
+}

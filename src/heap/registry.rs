@@ -1,0 +1,91 @@
+//! Which addresses belong to which heap: a table of all segments and large mappings of the process.
+//!
+//! Any address may be looked up and no memory behind it is read. The table has two levels over units of a
+//! segment; leaves are mapped when first needed and stay. An entry is the hub's address, with the
+//! lowest bit set for large mappings; it is written before the unit is handed out and cleared before it is
+//! unmapped.
+
+use core::ptr;
+use core::sync::atomic::{AtomicPtr, Ordering};
+
+use super::hub::Hub;
+use super::lock::SpinLock;
+use super::segment::SEGMENT;
+use crate::source::os;
+
+/// Addresses have this many bits at most.
+const ADDRESS_BITS: u32 = if cfg!(target_pointer_width = "64") { 48 } else { 32 };
+const UNITS: usize = 1 << (ADDRESS_BITS - SEGMENT.trailing_zeros());
+const LEAF: usize = if UNITS < 1 << 13 { UNITS } else { 1 << 13 };
+
+type Leaf = [AtomicPtr<Hub>; LEAF];
+static ROOT: [AtomicPtr<Leaf>; UNITS / LEAF] = [const { AtomicPtr::new(ptr::null_mut()) }; UNITS / LEAF];
+/// Held while a leaf is added.
+pub(super) static GROWTH: SpinLock<()> = SpinLock::new(());
+
+fn leaf(unit: usize) -> Option<&'static Leaf> {
+    // SAFETY: leaves are never unmapped, and published after they were mapped.
+    unsafe { ROOT.get(unit / LEAF)?.load(Ordering::Acquire).as_ref() }
+}
+
+fn grow(unit: usize) -> Option<&'static Leaf> {
+    let slot = ROOT.get(unit / LEAF)?;
+    let _growth = GROWTH.lock();
+    if let Some(present) = leaf(unit) {
+        return Some(present);
+    }
+    let len = size_of::<Leaf>().next_multiple_of(os::page_size());
+    let fresh = os::map(len, os::page_size(), os::Access::ReadWrite).ok()?;
+    slot.store(fresh.as_ptr().cast(), Ordering::Release);
+    leaf(unit)
+}
+
+/// What lies at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unit {
+    /// Nothing of ours.
+    Foreign,
+    /// A segment of this hub.
+    Segment(*const Hub),
+    /// The unit of a large mapping of this hub, not all of which need be ours.
+    Large(*const Hub),
+}
+
+/// Notes that `[base, base + len)` belongs to `hub`; false where there is no memory for that.
+pub(super) fn insert(base: usize, len: usize, hub: &Hub, large: bool) -> bool {
+    let units = base / SEGMENT..(base + len).div_ceil(SEGMENT);
+    for unit in units.clone() {
+        if leaf(unit).or_else(|| grow(unit)).is_none() {
+            return false;
+        }
+    }
+    for unit in units {
+        if let Some(leaf) = leaf(unit) {
+            let entry = ptr::from_ref(hub).cast_mut().map_addr(|hub| hub | usize::from(large));
+            leaf[unit % LEAF].store(entry, Ordering::Release);
+        }
+    }
+    true
+}
+
+/// Forgets `[base, base + len)`.
+pub(super) fn remove(base: usize, len: usize) {
+    for unit in base / SEGMENT..(base + len).div_ceil(SEGMENT) {
+        if let Some(leaf) = leaf(unit) {
+            leaf[unit % LEAF].store(ptr::null_mut(), Ordering::Release);
+        }
+    }
+}
+
+/// What the unit of `address` belongs to.
+pub(crate) fn lookup(address: usize) -> Unit {
+    let unit = address / SEGMENT;
+    let entry = leaf(unit).map_or(ptr::null_mut(), |leaf| leaf[unit % LEAF].load(Ordering::Acquire));
+    if entry.is_null() {
+        Unit::Foreign
+    } else if entry.addr() & 1 == 1 {
+        Unit::Large(entry.map_addr(|hub| hub & !1))
+    } else {
+        Unit::Segment(entry)
+    }
+}

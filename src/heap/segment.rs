@@ -1,0 +1,607 @@
+//! Segments and spans: where blocks lie and which of them are free.
+//!
+//! ```text
+//! segment, 4 MiB at a multiple of 4 MiB
+//! ┌─────────────────┬──────────┬──────────┬──────────┬─ ─ ─┬──────────┐
+//! │ Segment (16 KiB)│ slice 0  │ slice 1  │ slice 2  │     │ slice 63 │   slices of 64 KiB
+//! └─────────────────┴──────────┴──────────┴──────────┴─ ─ ─┴──────────┘
+//!                               ╰── span of 1 … 16 slices: blocks of one class, or one larger block
+//! ```
+//! A block's address leads to its segment by masking and to its span by the slice number. What is free is
+//! noted in bitmaps, never inside blocks: nothing that a program writes to freed memory can damage the heap,
+//! and free pages can be given back without losing anything. Bitmaps of more than 256 bits lie at the start
+//! of their span.
+//!
+//! Invariants:
+//! 1. *Owner*: `owner` is the heap of the one thread that may touch the cells of a segment; null while the
+//!    segment is abandoned or unused, and then only the holder of the core's lock may. Atomics are for all.
+//! 2. *Frozen*: the cells marked so do not change while a block of the span is live, so whoever holds a block
+//!    may read them.
+//! 3. *Bits*: a carved block (index below `carved`) is live (in a program's or a cache's hands) if neither
+//!    its bit in `free` nor its bit in `remote` is set, and never are both. No bit is set above `carved`.
+//! 4. `free_count` is the number of bits in `free`; `settled <= free_count`.
+//! 5. The pages marked in `discarded` belong to free blocks, and read as zero.
+//! 6. A slice is in `vacant`, or belongs to exactly one span; `pristine` slices are vacant and read as zero.
+//! 7. Segments stay mapped as long as their core lives, because a freer may still announce in `remote_mask`
+//!    what the owner has already collected.
+
+use core::cell::Cell;
+use core::ptr;
+use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+
+use super::hub::Hub;
+use super::list::{Chain, Links};
+use super::thread::ThreadHeap;
+
+pub(crate) const SEGMENT: usize = 4 << 20;
+pub(crate) const SLICE: usize = 64 << 10;
+pub(crate) const SLICES: usize = SEGMENT / SLICE;
+/// Bytes at the start of a segment that hold its books.
+pub(crate) const HEADER: usize = 16 << 10;
+/// Pages are counted in this unit at the finest, whatever the system's page size.
+const MIN_PAGE: usize = 4096;
+const INLINE_WORDS: usize = 4;
+
+/// `class_of` a slice with no span.
+pub(crate) const NO_CLASS: u8 = 255;
+/// `class_of` a span that is one block larger than any class.
+pub(crate) const SINGLE: u8 = 254;
+
+/// Where a span stands with its owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Nothing is free (or the span is a single block): on no list, found again by its frees.
+    Full,
+    /// On the owner's list of spans with free blocks.
+    Partial,
+    /// The span its class is served from.
+    Current,
+}
+
+/// The books of a span.
+#[repr(C, align(64))]
+pub(crate) struct Span {
+    // Frozen.
+    pub(crate) base: Cell<usize>,
+    remote: Cell<*const AtomicU64>,
+    pub(crate) size: Cell<u32>,
+    reciprocal: Cell<u32>,
+    pub(crate) capacity: Cell<u32>,
+    pub(crate) class: Cell<u8>,
+    pub(crate) first: Cell<u8>,
+    pub(crate) slices: Cell<u8>,
+    remote_inline: [AtomicU64; INLINE_WORDS],
+    // The owner's.
+    free: Cell<*const Cell<u64>>,
+    free_inline: [Cell<u64>; INLINE_WORDS],
+    pub(crate) free_count: Cell<u32>,
+    pub(crate) carved: Cell<u32>,
+    /// `free_count` at which the next free is told to the owner's lists.
+    pub(crate) notify_at: Cell<u32>,
+    /// Free blocks that a purge has seen already.
+    pub(crate) settled: Cell<u32>,
+    /// Pages of this span that are marked discarded.
+    pub(crate) discarded: Cell<u32>,
+    /// No free bit in the words before this one.
+    hint: Cell<u16>,
+    pub(crate) place: Cell<Place>,
+    pub(crate) queued: Cell<bool>,
+    pub(crate) zeroed: Cell<bool>,
+    /// Bytes carved, in whole pages.
+    pub(crate) committed: Cell<u32>,
+    list: Links<Span>,
+    queue: Links<Span>,
+}
+
+/// The spans of one class that have free blocks.
+pub(crate) struct PartialSpans;
+impl Chain for PartialSpans {
+    type Node = Span;
+    fn links(node: &Span) -> &Links<Span> {
+        &node.list
+    }
+}
+
+/// Spans that a purge should look at.
+pub(crate) struct SpanQueue;
+impl Chain for SpanQueue {
+    type Node = Span;
+    fn links(node: &Span) -> &Links<Span> {
+        &node.queue
+    }
+}
+
+/// What every region begins with, whether a segment or a large mapping.
+#[repr(C)]
+pub(crate) struct Head {
+    /// The owner's heap; never set in a large mapping.
+    pub(crate) owner: AtomicPtr<ThreadHeap>,
+    /// Frozen.
+    pub(crate) hub: Cell<*const Hub>,
+    /// Whether this is a mapping of one large block.
+    pub(crate) large: Cell<bool>,
+}
+
+/// The books of a segment.
+#[repr(C)]
+pub(crate) struct Segment {
+    pub(crate) head: Head,
+    /// Whether the segment lies in memory for which huge pages are asked.
+    pub(crate) huge: Cell<bool>,
+    _line: [u64; 4],
+    /// Frozen per slice.
+    pub(crate) class_of: [Cell<u8>; SLICES],
+    span_of: [Cell<u8>; SLICES],
+    pub(crate) remote_mask: Line<AtomicU64>,
+    pub(crate) vacant: Cell<u64>,
+    pub(crate) pristine: Cell<u64>,
+    list: Links<Segment>,
+    roomy_list: Links<Segment>,
+    queue: Links<Segment>,
+    /// Whether it is on its owner's list of segments with vacant slices.
+    pub(crate) roomy: Cell<bool>,
+    /// Whether it is on its owner's list of segments with idle slices.
+    pub(crate) queued: Cell<bool>,
+    /// The next segment of the same hub, wherever it is; frozen.
+    pub(crate) sibling: Cell<*const Segment>,
+    discarded: [Cell<u64>; SEGMENT / MIN_PAGE / 64],
+    spans: [Span; SLICES],
+}
+
+/// All segments of an owner, or those of a hub that nobody owns.
+pub(crate) struct Segments;
+impl Chain for Segments {
+    type Node = Segment;
+    fn links(node: &Segment) -> &Links<Segment> {
+        &node.list
+    }
+}
+
+/// Segments with vacant slices.
+pub(crate) struct RoomySegments;
+impl Chain for RoomySegments {
+    type Node = Segment;
+    fn links(node: &Segment) -> &Links<Segment> {
+        &node.roomy_list
+    }
+}
+
+/// Segments with idle slices: vacant ones that hold memory.
+pub(crate) struct SegmentQueue;
+impl Chain for SegmentQueue {
+    type Node = Segment;
+    fn links(node: &Segment) -> &Links<Segment> {
+        &node.queue
+    }
+}
+
+/// A value on a cache line of its own.
+#[repr(align(64))]
+pub(crate) struct Line<T>(pub(crate) T);
+
+const _: () = assert!(size_of::<Segment>() <= HEADER);
+
+/// The segment whose books lie before `address`. No block starts at a segment's first byte except blocks
+/// aligned to more than a segment, whose books lie one segment below: hence the byte before.
+#[inline(always)]
+pub(crate) fn segment_of(address: *mut u8) -> *const Segment {
+    address.wrapping_sub(1).map_addr(|address| address & !(SEGMENT - 1)).cast()
+}
+
+#[inline(always)]
+fn slice_of(address: *mut u8) -> usize {
+    (address as usize / SLICE) % SLICES
+}
+
+/// A run of `count` slices.
+pub(crate) const fn run(first: usize, count: usize) -> u64 {
+    (if count >= 64 { u64::MAX } else { (1 << count) - 1 }) << first
+}
+
+impl Segment {
+    /// Prepares a segment in fresh, zeroed memory; everything that is not set here is right as zero.
+    ///
+    /// # Safety
+    /// `base` is a segment's worth of zeroed memory of `hub`, used by nobody.
+    pub(crate) unsafe fn create<'a>(base: *mut u8, hub: &Hub, huge: bool) -> &'a Segment {
+        debug_assert!((base as usize).is_multiple_of(SEGMENT));
+        // SAFETY: zeroed memory is a valid Segment: cells of integers, booleans, null pointers and
+        // `Place::Full`, which is 0.
+        let segment = unsafe { &*base.cast::<Segment>() };
+        segment.head.hub.set(hub);
+        segment.huge.set(huge);
+        segment.class_of.iter().for_each(|class| class.set(NO_CLASS));
+        segment.vacant.set(u64::MAX);
+        segment.pristine.set(u64::MAX);
+        segment
+    }
+
+    pub(crate) fn base(&self) -> *mut u8 {
+        ptr::from_ref(self).cast_mut().cast()
+    }
+
+    /// The span that `address` lies in.
+    #[inline(always)]
+    pub(crate) fn span_at(&self, address: *mut u8) -> &Span {
+        let first = self.span_of[slice_of(address)].get() as usize;
+        &self.spans[first % SLICES]
+    }
+
+    #[inline(always)]
+    pub(crate) fn class_at(&self, address: *mut u8) -> u8 {
+        self.class_of[slice_of(address)].get()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.vacant.get() == u64::MAX
+    }
+
+    /// Vacant slices that hold memory.
+    pub(crate) fn idle(&self) -> u64 {
+        self.vacant.get() & !self.pristine.get()
+    }
+
+    /// The spans of this segment.
+    pub(crate) fn spans(&self) -> impl Iterator<Item = &Span> {
+        let taken = !self.vacant.get();
+        self.spans
+            .iter()
+            .enumerate()
+            .filter(move |(at, _)| taken >> at & 1 == 1 && self.span_of[*at].get() as usize == *at)
+            .map(|(_, span)| span)
+    }
+
+    /// The first slice of a vacant run of `count` slices that starts at or after `from`; runs that hold
+    /// memory first, since their pages are there already.
+    pub(crate) fn find_run(&self, count: usize, from: usize) -> Option<usize> {
+        let fits = |mut vacant: u64| {
+            vacant &= u64::MAX << from;
+            // Shrink every run by count - 1, in doubling steps.
+            let mut left = count - 1;
+            let mut step = 1;
+            while left > 0 && vacant != 0 {
+                let by = step.min(left);
+                vacant &= vacant >> by;
+                left -= by;
+                step *= 2;
+            }
+            (vacant != 0).then(|| vacant.trailing_zeros() as usize)
+        };
+        fits(self.idle()).or_else(|| fits(self.vacant.get()))
+    }
+
+    /// Makes a span of vacant slices.
+    pub(crate) fn make_span(&self, first: usize, count: usize, class: u8, size: usize) -> &Span {
+        let slices = run(first, count);
+        debug_assert_eq!(self.vacant.get() & slices, slices);
+        let zeroed = self.pristine.get() & slices == slices;
+        self.vacant.set(self.vacant.get() & !slices);
+        self.pristine.set(self.pristine.get() & !slices);
+        for slice in first..first + count {
+            self.class_of[slice].set(class);
+            self.span_of[slice].set(first as u8);
+        }
+        let span = &self.spans[first];
+        let start = self.base() as usize + if first == 0 { HEADER } else { first * SLICE };
+        let end = self.base() as usize + (first + count) * SLICE;
+        let mut base = start;
+        let mut capacity = (end - start) / size;
+        if capacity > 64 * INLINE_WORDS {
+            let words = capacity.div_ceil(64);
+            let maps = (2 * words * 8).next_multiple_of(128);
+            base = start + maps;
+            capacity = (end - base) / size;
+            let free = start as *mut Cell<u64>;
+            if !zeroed {
+                // SAFETY: the span's first bytes, vacant until now.
+                unsafe { free.write_bytes(0, 2 * words) };
+            }
+            span.free.set(free);
+            // SAFETY: within the span.
+            span.remote.set(unsafe { free.add(words) }.cast());
+        } else {
+            span.free.set(ptr::null());
+            span.free_inline.iter().for_each(|word| word.set(0));
+            span.remote.set(ptr::null());
+            span.remote_inline.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        }
+        span.base.set(base);
+        span.size.set(size as u32);
+        span.reciprocal.set((1u64 << 32).div_ceil(size as u64) as u32);
+        span.capacity.set(capacity as u32);
+        span.class.set(class);
+        span.first.set(first as u8);
+        span.slices.set(count as u8);
+        for cell in [&span.free_count, &span.carved, &span.settled, &span.discarded, &span.committed] {
+            cell.set(0);
+        }
+        span.notify_at.set(1);
+        span.hint.set(u16::MAX);
+        span.place.set(Place::Full);
+        span.zeroed.set(zeroed);
+        span
+    }
+
+    /// Takes a span apart whose blocks are all free; returns its slices.
+    pub(crate) fn unmake_span(&self, span: &Span) -> u64 {
+        let (first, count) = (span.first.get() as usize, span.slices.get() as usize);
+        for slice in first..first + count {
+            self.class_of[slice].set(NO_CLASS);
+        }
+        if span.discarded.get() > 0 {
+            let (from, to) = self.pages(first * SLICE, (first + count) * SLICE);
+            for page in from..to {
+                self.unmark(page);
+            }
+            span.discarded.set(0);
+        }
+        let slices = run(first, count);
+        self.vacant.set(self.vacant.get() | slices);
+        slices
+    }
+
+    fn pages(&self, from: usize, to: usize) -> (usize, usize) {
+        (from / MIN_PAGE, to.div_ceil(MIN_PAGE))
+    }
+
+    fn marked(&self, page: usize) -> bool {
+        self.discarded[page / 64].get() >> (page % 64) & 1 == 1
+    }
+
+    fn mark(&self, page: usize) {
+        let word = &self.discarded[page / 64];
+        word.set(word.get() | 1 << (page % 64));
+    }
+
+    fn unmark(&self, page: usize) -> bool {
+        let word = &self.discarded[page / 64];
+        let was = word.get() >> (page % 64) & 1 == 1;
+        word.set(word.get() & !(1 << (page % 64)));
+        was
+    }
+
+    /// Finds page-aligned stretches of free blocks of `span` that still hold memory and passes each as
+    /// (offset, length) to `discard`; marks them if that says so. Returns the bytes given back.
+    pub(crate) fn discard_free(
+        &self,
+        span: &Span,
+        page: usize,
+        mut discard: impl FnMut(*mut u8, usize) -> bool,
+    ) -> usize {
+        let base = self.base() as usize;
+        let mut given = 0;
+        span.for_each_free_run(|from, to| {
+            let start = span.base.get() + from * span.size.get() as usize;
+            let mut end = span.base.get() + to * span.size.get() as usize;
+            if to == span.carved.get() as usize {
+                // What follows was never touched.
+                end = end.next_multiple_of(page).min(self.end_of(span));
+            }
+            let first = start.next_multiple_of(page);
+            let last = end & !(page - 1);
+            if first >= last {
+                return;
+            }
+            let (mut at, stop) = self.pages(first - base, last - base);
+            while at < stop {
+                if self.marked(at) {
+                    at += 1;
+                    continue;
+                }
+                let begin = at;
+                while at < stop && !self.marked(at) {
+                    at += 1;
+                }
+                let len = (at - begin) * MIN_PAGE;
+                if discard(self.base().wrapping_add(begin * MIN_PAGE), len) {
+                    (begin..at).for_each(|page| self.mark(page));
+                    span.discarded.set(span.discarded.get() + (at - begin) as u32);
+                    given += len;
+                }
+            }
+        });
+        given
+    }
+
+    fn end_of(&self, span: &Span) -> usize {
+        self.base() as usize + (span.first.get() as usize + span.slices.get() as usize) * SLICE
+    }
+
+    /// Notes that a block of a span with discarded pages will be touched again; returns the bytes that come
+    /// back. System pages larger than the unit come back whole.
+    pub(crate) fn revive(&self, span: &Span, block: usize, page: usize) -> usize {
+        let offset = block - self.base() as usize;
+        let from = offset & !(page - 1);
+        let to = (offset + span.size.get() as usize).next_multiple_of(page);
+        let (from, to) = self.pages(from, to);
+        let back = (from..to.min(SEGMENT / MIN_PAGE)).filter(|&page| self.unmark(page)).count();
+        span.discarded.set(span.discarded.get() - back as u32);
+        back * MIN_PAGE
+    }
+}
+
+impl Span {
+    #[inline(always)]
+    fn free_word(&self, word: usize) -> &Cell<u64> {
+        let outside = self.free.get();
+        if outside.is_null() {
+            &self.free_inline[word % INLINE_WORDS]
+        } else {
+            // SAFETY: `word` is below the number of words of this span, which lie at its start.
+            unsafe { &*outside.add(word) }
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn remote_word(&self, word: usize) -> &AtomicU64 {
+        let outside = self.remote.get();
+        if outside.is_null() {
+            &self.remote_inline[word % INLINE_WORDS]
+        } else {
+            // SAFETY: as in `free_word`.
+            unsafe { &*outside.add(word) }
+        }
+    }
+
+    pub(crate) fn words(&self) -> usize {
+        self.capacity.get().div_ceil(64) as usize
+    }
+
+    /// The index of the block at `address`, exact for the first byte of a block and for no other.
+    #[inline(always)]
+    pub(crate) fn index_of(&self, address: *mut u8) -> u32 {
+        let offset = (address as usize - self.base.get()) as u64;
+        ((offset * self.reciprocal.get() as u64) >> 32) as u32
+    }
+
+    /// Whether a block, live or not, begins at `address`; reads frozen cells only.
+    pub(crate) fn begins_block(&self, address: *mut u8) -> bool {
+        let Some(offset) = (address as usize).checked_sub(self.base.get()) else { return false };
+        let index = self.index_of(address) as usize;
+        index < self.capacity.get() as usize && index * self.size.get() as usize == offset
+    }
+
+    #[inline(always)]
+    pub(crate) fn block(&self, index: usize) -> *mut u8 {
+        (self.base.get() + index * self.size.get() as usize) as *mut u8
+    }
+
+    pub(crate) fn is_free(&self, index: usize) -> bool {
+        self.free_word(index / 64).get() >> (index % 64) & 1 == 1
+    }
+
+    pub(crate) fn is_posted(&self, index: usize) -> bool {
+        self.remote_word(index / 64).load(Ordering::Relaxed) >> (index % 64) & 1 == 1
+    }
+
+    pub(crate) fn live(&self) -> u32 {
+        self.carved.get() - self.free_count.get()
+    }
+
+    /// Marks a block free; false if it was already.
+    #[inline(always)]
+    pub(crate) fn give(&self, index: u32) -> bool {
+        let at = (index / 64) as usize;
+        let word = self.free_word(at);
+        let bit = 1 << (index % 64);
+        let old = word.get();
+        word.set(old | bit);
+        if (at as u16) < self.hint.get() {
+            self.hint.set(at as u16);
+        }
+        self.free_count.set(self.free_count.get() + 1);
+        old & bit == 0
+    }
+
+    /// Marks all blocks of `bits` in word `at` free.
+    pub(crate) fn give_word(&self, at: usize, bits: u64) -> bool {
+        let word = self.free_word(at);
+        let old = word.get();
+        word.set(old | bits);
+        self.hint.set(self.hint.get().min(at as u16));
+        self.free_count.set(self.free_count.get() + bits.count_ones());
+        old & bits == 0
+    }
+
+    /// Takes up to `room` free blocks, lowest first.
+    pub(crate) fn take(&self, room: usize, mut sink: impl FnMut(*mut u8)) -> usize {
+        let want = room.min(self.free_count.get() as usize);
+        let mut taken = 0;
+        let mut at = self.hint.get() as usize;
+        while taken < want {
+            debug_assert!(at < self.words());
+            let word = self.free_word(at);
+            let mut bits = word.get();
+            while bits != 0 && taken < want {
+                let index = at * 64 + bits.trailing_zeros() as usize;
+                bits &= bits - 1;
+                sink(self.block(index));
+                taken += 1;
+            }
+            word.set(bits);
+            if bits == 0 {
+                at += 1;
+            }
+        }
+        self.free_count.set(self.free_count.get() - taken as u32);
+        self.hint.set(if self.free_count.get() == 0 { u16::MAX } else { at as u16 });
+        taken
+    }
+
+    /// Calls `visit` with every maximal run [from, to) of free blocks.
+    fn for_each_free_run(&self, mut visit: impl FnMut(usize, usize)) {
+        let carved = self.carved.get() as usize;
+        let mut start = None;
+        for at in 0..carved.div_ceil(64) {
+            let bits = self.free_word(at).get();
+            let mut position = 0;
+            while position < 64 {
+                let rest = bits >> position;
+                let ahead = if start.is_some() { rest.trailing_ones() } else { rest.trailing_zeros() };
+                position += ahead;
+                if position >= 64 {
+                    break;
+                }
+                let index = at * 64 + position as usize;
+                match start.take() {
+                    Some(from) => visit(from, index),
+                    None => start = Some(index),
+                }
+            }
+        }
+        if let Some(from) = start {
+            visit(from, carved);
+        }
+    }
+
+    /// The blocks that are neither free nor posted.
+    pub(crate) fn live_blocks(&self) -> impl Iterator<Item = *mut u8> {
+        (0..self.carved.get() as usize)
+            .filter(|&index| !self.is_free(index) && !self.is_posted(index))
+            .map(|index| self.block(index))
+    }
+
+    /// Bits set among the free words, for the checker.
+    pub(crate) fn counted_free(&self) -> u32 {
+        (0..self.words()).map(|at| self.free_word(at).get().count_ones()).sum()
+    }
+
+    /// Whether a block is both free and posted, for the checker.
+    pub(crate) fn doubly_free(&self) -> bool {
+        (0..self.words())
+            .any(|at| self.free_word(at).get() & self.remote_word(at).load(Ordering::Relaxed) != 0)
+    }
+
+    /// Free bytes that no purge has seen.
+    pub(crate) fn unsettled(&self) -> usize {
+        (self.free_count.get() - self.settled.get()) as usize * self.size.get() as usize
+    }
+
+    /// Bytes of memory this span holds.
+    pub(crate) fn held(&self) -> u64 {
+        (self.committed.get() as u64).saturating_sub(self.discarded.get() as u64 * MIN_PAGE as u64)
+    }
+
+    /// Free blocks that make the span worth a purge: a sixteenth of it, and a page.
+    pub(crate) fn purge_step(&self) -> u32 {
+        let bytes = (self.slices.get() as u32 * SLICE as u32 / 16).max(MIN_PAGE as u32);
+        bytes.div_ceil(self.size.get())
+    }
+
+    /// Sets `notify_at` to the next count of free blocks that matters to the lists.
+    pub(crate) fn rearm(&self) {
+        let free = self.free_count.get();
+        let next = if self.place.get() == Place::Full && free == 0 {
+            1
+        } else if self.queued.get() || free >= self.carved.get() {
+            self.carved.get()
+        } else {
+            (self.settled.get() + self.purge_step()).clamp(free + 1, self.carved.get().max(free + 1))
+        };
+        self.notify_at.set(next.max(free + 1));
+    }
+
+    pub(crate) fn is_single(&self) -> bool {
+        self.class.get() == SINGLE
+    }
+}

@@ -1,0 +1,369 @@
+//! Tests on hubs of their own, with the invariants walked as they go.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+
+use super::*;
+
+/// A hub that is taken down at the end.
+struct TestHub(Box<Hub>);
+
+impl TestHub {
+    fn new(limit: usize) -> Self {
+        let hub = Box::new(Hub::new(limit));
+        hub.enlist();
+        Self(hub)
+    }
+
+    fn heap(&self) -> TestHeap<'_> {
+        TestHeap { hub: &self.0, heap: self.0.take_heap().unwrap() }
+    }
+}
+
+impl Drop for TestHub {
+    fn drop(&mut self) {
+        // SAFETY: heaps borrow the hub, so none is in use.
+        unsafe { self.0.demolish() };
+    }
+}
+
+struct TestHeap<'a> {
+    hub: &'a Hub,
+    heap: &'a ThreadHeap,
+}
+
+// SAFETY: a test heap is used by one thread at a time.
+unsafe impl Send for TestHeap<'_> {}
+
+impl TestHeap<'_> {
+    fn alloc(&self, size: usize, align: usize) -> *mut u8 {
+        let block = match of_layout(size, align) {
+            Some(class) => self.heap.alloc(class),
+            None => self.heap.alloc_big(size, align).0,
+        };
+        assert!(block.is_null() || block.addr().is_multiple_of(align), "{size} {align}");
+        block
+    }
+
+    fn free(&self, block: *mut u8, size: usize, align: usize) {
+        // SAFETY: the tests free live blocks, once.
+        unsafe {
+            match of_layout(size, align) {
+                Some(class) => self.heap.free(class, block),
+                None => self.heap.free_unsized(block),
+            }
+        }
+    }
+
+    fn check(&self) {
+        if let Err(broken) = self.heap.check() {
+            panic!("{broken}");
+        }
+    }
+}
+
+impl Drop for TestHeap<'_> {
+    fn drop(&mut self) {
+        self.heap.end();
+        self.hub.put_heap(self.heap);
+    }
+}
+
+struct Random(u64);
+impl Random {
+    fn next(&mut self) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as usize
+    }
+    fn below(&mut self, end: usize) -> usize {
+        self.next() % end
+    }
+    /// Small sizes often, large ones now and then.
+    fn size(&mut self) -> usize {
+        let most = if self.below(50) == 0 { 18 } else { 9 };
+        let bits = 4 + self.below(most);
+        1 + self.below(1 << bits)
+    }
+}
+
+fn fill(block: *mut u8, size: usize, seed: usize) {
+    // SAFETY: a live block of that size.
+    unsafe {
+        block.write(seed as u8);
+        block.add(size - 1).write(seed as u8);
+        block.add(size / 2).write(seed as u8);
+    }
+}
+
+fn verify(block: *mut u8, size: usize, seed: usize) {
+    // SAFETY: as above.
+    unsafe {
+        assert_eq!(block.add(size / 2).read(), seed as u8);
+        assert!(block.read() == seed as u8 && block.add(size - 1).read() == seed as u8);
+    }
+}
+
+#[test]
+fn random_lifetimes_keep_every_invariant() {
+    let hub = TestHub::new(usize::MAX);
+    let heap = hub.heap();
+    let mut random = Random(0x9E37_79B9_7F4A_7C15);
+    let mut live = Vec::new();
+    for step in 0..60_000usize {
+        let grow = (step / 10_000) % 2 == 0;
+        if live.is_empty() || random.below(100) < if grow { 60 } else { 40 } {
+            let size = random.size();
+            let align = if random.below(20) == 0 { 1 << random.below(18) } else { 8 };
+            let block = heap.alloc(size, align);
+            assert!(!block.is_null());
+            fill(block, size, step);
+            live.push((block, size, align, step));
+        } else {
+            let (block, size, align, seed) = live.swap_remove(random.below(live.len()));
+            verify(block, size, seed);
+            if random.below(4) == 0 {
+                // SAFETY: live, freed once.
+                unsafe { heap.heap.free_unsized(block) };
+            } else {
+                heap.free(block, size, align);
+            }
+        }
+        if step % 200 == 0 {
+            heap.check();
+        }
+    }
+    let mut sorted: Vec<_> = live.iter().map(|&(block, size, ..)| (block.addr(), size)).collect();
+    sorted.sort_unstable();
+    assert!(sorted.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "blocks overlap");
+    for (block, size, align, seed) in live {
+        verify(block, size, seed);
+        heap.free(block, size, align);
+    }
+    heap.check();
+    heap.heap.purge_all();
+    heap.check();
+    assert_eq!(heap.heap.live.get(), 0);
+    assert_eq!(hub.0.snapshot().large, 0);
+}
+
+#[test]
+fn memory_goes_back_when_it_is_freed() {
+    let hub = TestHub::new(usize::MAX);
+    let heap = hub.heap();
+    let mut random = Random(7);
+    let mut live = Vec::new();
+    let mut bytes = 0;
+    while bytes < 64 << 20 {
+        let size = 16usize << random.below(8) | random.below(16);
+        let block = heap.alloc(size, 8);
+        // SAFETY: a fresh block.
+        unsafe { block.write_bytes(1, size) };
+        bytes += size;
+        live.push((block, size));
+    }
+    let full = hub.0.snapshot().committed;
+    assert!(full < bytes * 5 / 4, "{full} for {bytes}");
+    for at in (1..live.len()).rev() {
+        live.swap(at, random.below(at + 1));
+    }
+    let keep = live.len() / 20;
+    for (block, size) in live.drain(keep..) {
+        heap.free(block, size, 8);
+    }
+    heap.check();
+    let few = hub.0.snapshot().committed;
+    assert!(few < full / 2, "{few} of {full} after 95 % was freed");
+    for (block, size) in live {
+        heap.free(block, size, 8);
+    }
+    heap.check();
+    let idle = hub.0.snapshot().committed;
+    assert!(idle < full / 8, "{idle} of {full} after all was freed");
+}
+
+#[test]
+fn blocks_travel_between_threads() {
+    let hub = TestHub::new(usize::MAX);
+    let (sender, receiver) = mpsc::sync_channel::<(usize, usize, usize)>(1000);
+    let most = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let hub = &hub;
+        scope.spawn(move || {
+            let heap = hub.heap();
+            let mut random = Random(3);
+            for step in 0..200_000 {
+                let size = random.size();
+                let block = heap.alloc(size, 8);
+                fill(block, size, step);
+                sender.send((block.addr(), size, step)).unwrap();
+                if step % 10_000 == 0 {
+                    heap.check();
+                }
+            }
+        });
+        scope.spawn(|| {
+            let heap = hub.heap();
+            for (block, size, seed) in receiver {
+                verify(block as *mut u8, size, seed);
+                heap.free(block as *mut u8, size, 8);
+                most.fetch_max(hub.0.snapshot().reserved as u64, Ordering::Relaxed);
+            }
+            heap.check();
+        });
+    });
+    // What travels is at most 1000 blocks of some KiB on average: the heap stays small.
+    assert!(most.load(Ordering::Relaxed) < 256 << 20, "{most:?} bytes reserved");
+    let heap = hub.heap();
+    while let Some(segment) = hub.0.adopt(heap.heap, None) {
+        heap.heap.welcome(segment);
+    }
+    heap.check();
+    assert_eq!(heap.heap.live.get(), 0, "a block got lost on its way");
+}
+
+#[test]
+fn threads_leave_their_blocks_to_others() {
+    let hub = TestHub::new(usize::MAX);
+    let mut left = HashMap::new();
+    for round in 0..40usize {
+        let blocks: Vec<(usize, usize)> = std::thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    let heap = hub.heap();
+                    let mut random = Random(round as u64 + 1);
+                    let blocks: Vec<_> = (0..2000)
+                        .map(|_| {
+                            let size = random.size();
+                            let block = heap.alloc(size, 8);
+                            fill(block, size, round);
+                            (block.addr(), size)
+                        })
+                        .collect();
+                    heap.check();
+                    blocks
+                })
+                .join()
+                .unwrap()
+        });
+        let heap = hub.heap();
+        for (at, (block, size)) in blocks.into_iter().enumerate() {
+            if at % 10 == 0 {
+                assert!(left.insert(block, (size, round)).is_none(), "handed out twice");
+            } else {
+                verify(block as *mut u8, size, round);
+                heap.free(block as *mut u8, size, 8);
+            }
+        }
+        heap.check();
+    }
+    let heap = hub.heap();
+    for (block, (size, round)) in left {
+        verify(block as *mut u8, size, round);
+        heap.free(block as *mut u8, size, 8);
+    }
+    heap.heap.purge_all();
+    heap.check();
+    drop(heap);
+    let heap = hub.heap();
+    while let Some(segment) = hub.0.adopt(heap.heap, None) {
+        heap.heap.welcome(segment);
+    }
+    assert_eq!(heap.heap.live.get(), 0);
+}
+
+#[test]
+fn a_heap_without_memory_says_so_and_goes_on() {
+    for failing in 0..12 {
+        let hub = TestHub::new(usize::MAX);
+        let heap = hub.heap();
+        hub.0.fail_after.store(failing, Ordering::Relaxed);
+        let mut random = Random(failing + 1);
+        let mut live = Vec::new();
+        let mut failed = 0;
+        for _ in 0..20_000 {
+            let size = random.size();
+            let block = heap.alloc(size, 8);
+            if block.is_null() {
+                failed += 1;
+            } else {
+                fill(block, size, size);
+                live.push((block, size));
+            }
+        }
+        assert!(failed > 0, "{failing} calls were enough");
+        heap.check();
+        for (block, size) in live.drain(..) {
+            verify(block, size, size);
+            heap.free(block, size, 8);
+        }
+        heap.check();
+        hub.0.fail_after.store(u64::MAX, Ordering::Relaxed);
+        let block = heap.alloc(3 << 20, 8);
+        assert!(!block.is_null(), "the heap goes on");
+        heap.free(block, 3 << 20, 8);
+    }
+}
+
+#[test]
+fn a_limit_holds_and_freed_memory_can_be_had_again() {
+    let hub = TestHub::new(4 << 20);
+    let heap = hub.heap();
+    for size in [16, 1000, 5000, 70_000, 2 << 20] {
+        let mut live = Vec::new();
+        loop {
+            let block = heap.alloc(size, 8);
+            if block.is_null() {
+                break;
+            }
+            live.push(block);
+        }
+        let got = live.len() * size;
+        assert!((2 << 20..=4 << 20).contains(&got), "{got} bytes in blocks of {size}");
+        heap.check();
+        live.into_iter().for_each(|block| heap.free(block, size, 8));
+        heap.check();
+    }
+}
+
+#[test]
+fn large_blocks_grow_without_copying() {
+    let hub = TestHub::new(usize::MAX);
+    let heap = hub.heap();
+    let mut block = heap.alloc(2 << 20, 64);
+    // SAFETY: a live block, which moves.
+    unsafe {
+        block.write(42);
+        for size in [5 << 20, 40 << 20, 3 << 20, 90 << 20, 2 << 20] {
+            block = resize_big(block, size, true).unwrap().0;
+            assert!(usable_size(block) >= size && owns(&hub.0, block.addr() + size - 1));
+            assert_eq!(block.read(), 42);
+            block.add(size - 1).write(1);
+        }
+    }
+    assert_eq!(block_size_at(&hub.0, block), Some(2 << 20));
+    heap.free(block, 2 << 20, 64);
+    assert!(!owns(&hub.0, block.addr()));
+    assert_eq!(hub.0.counters.large_live.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn absurd_requests_are_refused() {
+    let hub = TestHub::new(usize::MAX);
+    let heap = hub.heap();
+    for (size, align) in
+        [(isize::MAX as usize, 1), (1, 1 << 62), (1 << 46, 1 << 46), (isize::MAX as usize - 4096, 4096)]
+    {
+        assert!(heap.alloc(size, align).is_null(), "{size} {align}");
+    }
+    for align in [1 << 17, 1 << 22, 1 << 23, 1 << 30] {
+        let block = heap.alloc(100, align);
+        assert!(!block.is_null());
+        fill(block, 100, 1);
+        // SAFETY: live.
+        unsafe { heap.heap.free_unsized(block) };
+    }
+    heap.check();
+}

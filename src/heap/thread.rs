@@ -1,0 +1,243 @@
+//! The heap of one thread: what is on the fast paths.
+//!
+//! For each class a thread keeps a stack of free blocks (its *cache*), and beside it a stack of blocks that
+//! belong to other threads (its *outbox*). Allocation pops, a free pushes; only when a stack is empty or full
+//! are spans touched, many blocks at a time, in `refill` and `flush`.
+//!
+//! Invariants, beside those of `segment`:
+//! 1. Only the thread that a heap is bound to (or the holder of the lock `late`) uses it.
+//! 2. Each stack is `[bottom, limit)` with `bottom <= top <= limit`; the slot below `bottom` is null for
+//!    ever, so that an empty stack shows by what is popped.
+//! 3. Blocks in caches and outboxes are live for their span. A cache holds own blocks only, so that no two
+//!    threads get neighbours on one cache line through a free.
+//! 4. `pending` is the memory that a purge might give back: unsettled free bytes of spans, and idle slices.
+//! 5. Every segment of this heap is on `segments`; those with vacant slices on `roomy`, those with idle ones
+//!    on `idle_segments`.
+
+use core::cell::Cell;
+use core::mem::offset_of;
+use core::ptr;
+use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+
+use super::class::{self, COUNT};
+use super::hub::Hub;
+use super::list::List;
+use super::segment::{PartialSpans, RoomySegments, Segment, SegmentQueue, Segments, Span, SpanQueue};
+
+/// One place of a stack. Atomic, since statistics read the stacks of other threads.
+pub(crate) type Slot = AtomicPtr<u8>;
+
+/// The tops and ends of the caches: all that the fast paths read and write.
+#[repr(C)]
+pub(crate) struct Front {
+    tops: [AtomicPtr<Slot>; COUNT],
+    limits: [AtomicPtr<Slot>; COUNT],
+}
+
+/// Two empty slots: the stack of a thread that has no heap is empty and full at once.
+static NO_SLOTS: [Slot; 2] = [const { AtomicPtr::new(ptr::null_mut()) }; 2];
+
+/// The front of a thread that has no heap yet: every operation goes to its slow path.
+pub(crate) static UNBOUND: Front = Front::closed();
+/// The front of a thread whose heap is gone: it has run its destructors.
+pub(crate) static ENDED: Front = Front::closed();
+
+impl Front {
+    const fn closed() -> Self {
+        let end = (&raw const NO_SLOTS[1]).cast_mut();
+        Self {
+            tops: [const { AtomicPtr::new((&raw const NO_SLOTS[1]).cast_mut()) }; COUNT],
+            limits: {
+                let _ = end;
+                [const { AtomicPtr::new((&raw const NO_SLOTS[1]).cast_mut()) }; COUNT]
+            },
+        }
+    }
+
+    /// Takes a block of `class` from the cache; null when it is empty.
+    ///
+    /// # Safety
+    /// The front is the calling thread's, and `class < COUNT`.
+    #[inline(always)]
+    pub(crate) unsafe fn pop(&self, class: usize) -> *mut u8 {
+        // SAFETY: `class` is in range; by invariant 2 the slot below the top exists.
+        unsafe {
+            let cell = self.tops.get_unchecked(class);
+            let below = cell.load(Ordering::Relaxed).sub(1);
+            let block = (*below).load(Ordering::Relaxed);
+            if !block.is_null() {
+                cell.store(below, Ordering::Relaxed);
+            }
+            block
+        }
+    }
+
+    /// Puts a block of `class` into the cache; false when it is full.
+    ///
+    /// # Safety
+    /// The front is the calling thread's, `class < COUNT`, and the block is the caller's to free.
+    #[inline(always)]
+    pub(crate) unsafe fn push(&self, class: usize, block: *mut u8) -> bool {
+        // SAFETY: `class` is in range; below the limit there is a slot.
+        unsafe {
+            let cell = self.tops.get_unchecked(class);
+            let top = cell.load(Ordering::Relaxed);
+            if top == self.limits.get_unchecked(class).load(Ordering::Relaxed) {
+                return false;
+            }
+            (*top).store(block, Ordering::Relaxed);
+            cell.store(top.add(1), Ordering::Relaxed);
+            true
+        }
+    }
+}
+
+/// What a thread holds of one class beside its stacks.
+pub(crate) struct Bin {
+    pub(super) current: Cell<*const Span>,
+    pub(super) partial: List<PartialSpans>,
+    /// Blocks that the next refill asks for: doubles with each, so that what is seldom used stays small.
+    pub(super) batch: Cell<u32>,
+}
+
+/// What a heap counts on its slow paths. Written by its thread only.
+pub(crate) struct Tally {
+    pub(crate) refills: AtomicU64,
+    pub(crate) flushes: AtomicU64,
+    pub(crate) posted: AtomicU64,
+    pub(crate) collected: AtomicU64,
+    pub(crate) discarded: AtomicU64,
+    pub(crate) adopted: AtomicU64,
+    /// Bytes of spans that hold memory.
+    pub(crate) committed: AtomicU64,
+    /// Blocks that this thread took out of spans, less those it put back, by class. Only the sum over all
+    /// threads means something.
+    pub(crate) out: [AtomicU64; COUNT],
+}
+
+/// Adds to a count that only this thread writes: no locked instruction.
+#[inline]
+pub(super) fn bump(count: &AtomicU64, by: u64) {
+    count.store(count.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
+}
+
+#[inline]
+pub(super) fn lower(count: &AtomicU64, by: u64) {
+    count.store(count.load(Ordering::Relaxed).wrapping_sub(by), Ordering::Relaxed);
+}
+
+/// Where the slots of a class begin.
+const CACHES: [usize; COUNT + 1] = starts(true);
+const OUTBOXES: [usize; COUNT + 1] = starts(false);
+
+const fn starts(cache: bool) -> [usize; COUNT + 1] {
+    let mut at = [0; COUNT + 1];
+    let mut class = 0;
+    while class < COUNT {
+        // One more than the capacity: the null below a cache's bottom.
+        let len = if cache { class::cache_capacity(class) + 1 } else { class::outbox_capacity(class) };
+        at[class + 1] = at[class] + len;
+        class += 1;
+    }
+    at
+}
+
+/// The heap of one thread.
+#[repr(C)]
+pub(crate) struct ThreadHeap {
+    pub(crate) front: Front,
+    pub(super) out_tops: [Cell<*const Slot>; COUNT],
+    pub(super) hub: Cell<*const Hub>,
+    pub(super) bins: [Bin; COUNT],
+    pub(super) segments: List<Segments>,
+    pub(super) segment_count: Cell<usize>,
+    pub(super) roomy: List<RoomySegments>,
+    pub(super) queue: List<SpanQueue>,
+    pub(super) idle_segments: List<SegmentQueue>,
+    /// The segment whose posted blocks are collected next.
+    pub(super) cursor: Cell<*const Segment>,
+    /// Bytes of blocks that are out of their spans.
+    pub(super) live: Cell<usize>,
+    pub(super) pending: Cell<usize>,
+    pub(super) refills_left: Cell<u32>,
+    pub(super) trims_seen: Cell<u32>,
+    /// Set while a request must be served from what is there.
+    pub(super) frugal: Cell<bool>,
+    pub(crate) tally: Tally,
+    pub(super) next_idle: Cell<*const ThreadHeap>,
+    pub(super) next_heap: Cell<*const ThreadHeap>,
+    /// What a pool with statistics counts for this thread.
+    pub(crate) requests: super::stats::Requests,
+    caches: [Slot; CACHES[COUNT]],
+    outboxes: [Slot; OUTBOXES[COUNT]],
+}
+
+const _: () = assert!(offset_of!(ThreadHeap, front) == 0);
+
+impl ThreadHeap {
+    /// Makes a heap in zeroed memory; what is not set here is right as zero.
+    ///
+    /// # Safety
+    /// `base` is zeroed memory of this type's size and alignment, for nobody else, and lives as long as the
+    /// hub.
+    pub(super) unsafe fn create<'a>(base: *mut u8, hub: &Hub) -> &'a ThreadHeap {
+        // SAFETY: all zero is a valid value: null pointers, zero counts, empty lists.
+        let heap = unsafe { &*base.cast::<ThreadHeap>() };
+        heap.hub.set(hub);
+        for class in 0..COUNT {
+            heap.front.tops[class].store(heap.bottom(class).cast_mut(), Ordering::Relaxed);
+            let limit = heap.bottom(class).wrapping_add(class::cache_capacity(class));
+            heap.front.limits[class].store(limit.cast_mut(), Ordering::Relaxed);
+            heap.out_tops[class].set(heap.out_bottom(class));
+        }
+        heap
+    }
+
+    pub(super) fn hub(&self) -> &Hub {
+        // SAFETY: a heap lives within its hub's life.
+        unsafe { &*self.hub.get() }
+    }
+
+    pub(super) fn bottom(&self, class: usize) -> *const Slot {
+        &raw const self.caches[CACHES[class] + 1]
+    }
+
+    pub(super) fn out_bottom(&self, class: usize) -> *const Slot {
+        &raw const self.outboxes[OUTBOXES[class]]
+    }
+
+    pub(super) fn out_limit(&self, class: usize) -> *const Slot {
+        self.out_bottom(class).wrapping_add(class::outbox_capacity(class))
+    }
+
+    pub(super) fn top(&self, class: usize) -> *const Slot {
+        self.front.tops[class].load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_top(&self, class: usize, top: *const Slot) {
+        self.front.tops[class].store(top.cast_mut(), Ordering::Relaxed);
+    }
+
+    /// The blocks in the cache of a class, oldest first; a snapshot if another thread looks.
+    pub(crate) fn cached(&self, class: usize) -> &[Slot] {
+        let len = (self.top(class) as usize - self.bottom(class) as usize) / size_of::<Slot>();
+        &self.caches[CACHES[class] + 1..][..len]
+    }
+
+    /// How many those are; any thread may ask.
+    pub(crate) fn cached_count(&self, class: usize) -> usize {
+        (self.top(class) as usize).wrapping_sub(self.bottom(class) as usize) / size_of::<Slot>()
+    }
+
+    /// The blocks in the outbox of a class.
+    pub(crate) fn outgoing(&self, class: usize) -> &[Slot] {
+        let len = (self.out_tops[class].get() as usize - self.out_bottom(class) as usize) / size_of::<Slot>();
+        &self.outboxes[OUTBOXES[class]..][..len]
+    }
+
+    /// Whether `owner`, read from a segment, is this heap.
+    #[inline(always)]
+    pub(crate) fn is(&self, owner: *mut ThreadHeap) -> bool {
+        ptr::eq(owner, self)
+    }
+}
