@@ -9,6 +9,7 @@ pub mod engine;
 mod heap;
 mod manager;
 pub mod observe;
+pub mod persist;
 pub mod pool;
 pub mod source;
 #[cfg(feature = "cli")]
@@ -31,6 +32,8 @@ pub use observe::DebugLayer;
 pub use pool::{
     AnyPool, CpuPool, FixedPool, LocalFixedPool, LocalVariablePool, LockFreeFixedPool, VariablePool,
 };
+pub use persist::{Durability, PBox, PRef, PRefMut, Persist, PersistentConfig, PersistentPool, Transaction};
+pub use pool::{AnyPool, FixedPool, LocalFixedPool, LocalVariablePool, VariablePool};
 
 /// The examples of the README, compiled and run.
 #[cfg(doctest)]

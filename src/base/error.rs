@@ -74,6 +74,8 @@ pub enum Error {
         at: u64,
         /// What was expected there.
         what: &'static str,
+        /// The word found there instead.
+        found: u64,
     },
 }
 
@@ -85,6 +87,8 @@ pub enum OomReason {
     Source,
     /// The pool's `max_size`, in bytes.
     Limit(usize),
+    /// The pool's file; its size in bytes.
+    PoolFull(usize),
     /// The memory handed in by the caller, which cannot grow; its size in bytes.
     Fixed(usize),
     /// The pool's free memory, where the request forbade asking the source.
@@ -118,6 +122,15 @@ pub enum Refusal {
     Destroyed,
     /// An earlier failure to synchronise poisoned the pool.
     Poisoned,
+    /// The file holds another layout than the one asked for.
+    WrongLayout {
+        /// The layout found.
+        found: ShortText,
+    },
+    /// No root of that name exists.
+    RootUnknown(ShortText),
+    /// Two transactions want what the other has; this one gave way.
+    Conflict,
     /// This kind of pool does not do that; the first text says what, the second what to use instead.
     Unsupported(&'static str, &'static str),
     /// Anything else; the first text says what, the second what to do.
@@ -150,6 +163,8 @@ pub enum PointerFault {
     OutOfRange,
     /// Memory of another device or another pool than the call needs.
     WrongOwner,
+    /// What lies there is of another type.
+    WrongType,
 }
 
 /// The field or variable an [`Error::Config`] complains of.
@@ -248,6 +263,12 @@ impl Error {
         Self::io(call, &std::io::Error::last_os_error())
     }
 
+    /// Stored data at `at` is `found` where it should be `what`.
+    #[cold]
+    pub(crate) const fn corrupt(at: u64, what: &'static str, found: u64) -> Self {
+        Self::Corrupt { at, what, found }
+    }
+
     #[cold]
     pub(crate) const fn refused(what: &'static str, advice: &'static str) -> Self {
         Self::InvalidOperation(Refusal::Other(what, advice))
@@ -281,8 +302,8 @@ impl fmt::Display for Error {
                     None => Ok(()),
                 }
             }
-            Self::Corrupt { at, what } => {
-                write!(f, "corrupt at {at:#x}: expected {what}; do not write to it")
+            Self::Corrupt { at, what, found } => {
+                write!(f, "corrupt at {at:#x}: expected {what}; found {found:#x}; do not write to it")
             }
         }
     }
@@ -295,6 +316,9 @@ impl fmt::Display for OomReason {
         match self {
             Self::Source => f.write_str("the source has no more; free or trim something, then retry"),
             Self::Limit(max) => write!(f, "past max_size = {max}; free something or raise `max_size`"),
+            Self::PoolFull(len) => {
+                write!(f, "the pool's file of {len} bytes is full; free something or grow it")
+            }
             Self::Fixed(len) => write!(f, "the {len} bytes handed in cannot grow; hand in more"),
             Self::NoGrow => {
                 f.write_str("nothing that fits is free; reserve it before, or allow growth (no NO_GROW)")
@@ -321,6 +345,11 @@ impl fmt::Display for Refusal {
             }
             Self::Destroyed => f.write_str("the pool was destroyed; create it again"),
             Self::Poisoned => f.write_str("an earlier sync failed; close the pool and open it again"),
+            Self::WrongLayout { found } => {
+                write!(f, "the file's layout is \"{found}\"; open it under that name with a program that knows it")
+            }
+            Self::RootUnknown(name) => write!(f, "no root is named \"{name}\"; set it in a transaction first"),
+            Self::Conflict => f.write_str("another transaction holds what this one needs; run this one again"),
             Self::Unsupported(what, advice) | Self::Other(what, advice) => write!(f, "{what}; {advice}"),
         }
     }
@@ -334,6 +363,7 @@ impl fmt::Display for PointerFault {
             Self::NotLive => "not a live block; it may have been freed before",
             Self::Layout => "the layout does not fit this block; pass the one it was allocated with",
             Self::OutOfRange => "the range leaves the block; check offset and length",
+            Self::WrongType => "what lies there is of another type; ask for the type it was stored as",
             Self::WrongOwner => "it belongs to another pool or device; use that one",
         })
     }
@@ -356,6 +386,7 @@ mod tests {
         let all = [
             Error::oom(1, OomReason::Source),
             Error::oom(1, OomReason::Limit(2)),
+            Error::oom(1, OomReason::PoolFull(2)),
             Error::oom(1, OomReason::Fixed(2)),
             Error::oom(1, OomReason::NoGrow),
             Error::oom(1, OomReason::TooLarge(2)),
@@ -367,13 +398,17 @@ mod tests {
             Error::InvalidOperation(Refusal::WrongKind { name, found: "gpu" }),
             Error::InvalidOperation(Refusal::Destroyed),
             Error::InvalidOperation(Refusal::Poisoned),
+            Error::InvalidOperation(Refusal::Conflict),
+            Error::InvalidOperation(Refusal::RootUnknown(name)),
+            Error::InvalidOperation(Refusal::WrongLayout { found: name }),
             Error::pointer(16, PointerFault::Foreign),
             Error::pointer(16, PointerFault::NotLive),
+            Error::pointer(16, PointerFault::WrongType),
             Error::config("block_size", 0, "1 or more"),
             Error::Cuda { code: 2, call: "cuMemCreate" },
             Error::NoDriver,
             Error::NoDevice { ordinal: 3, available: 1 },
-            Error::Corrupt { at: 64, what: "a checksum" },
+            Error::corrupt(64, "a checksum", 0),
         ];
         for error in all {
             let text = error.to_string();

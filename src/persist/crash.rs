@@ -1,0 +1,411 @@
+//! Crashes at every point: the stores of a workload are recorded, images of the file as a crash could have
+//! left it are built from them, and each is opened. What it then holds must be what the pool held before or
+//! after the operation that was under way, never anything else.
+//!
+//! For a killed process a crash leaves a prefix of the stores. For a power failure it leaves everything up to
+//! the last sync, and of what came after, each block of 8, 64, 512 or 4096 bytes as it was at any later time.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use super::format::{LANE_SIZE, LOG};
+use super::trace::Event;
+use super::*;
+
+/// A folder that goes away.
+pub(super) struct Folder(pub(super) PathBuf);
+
+impl Folder {
+    pub(super) fn new(name: &str) -> Self {
+        let shm = PathBuf::from("/dev/shm");
+        let base = if shm.is_dir() { shm } else { std::env::temp_dir() };
+        let dir = base.join(format!("memory-pool-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir).unwrap();
+        Self(dir)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Node {
+    value: u64,
+    pad: [u64; 5],
+    next: PBox<Node>,
+}
+
+// SAFETY: words and a pointer, no padding.
+unsafe impl Persist for Node {
+    fn pointers(visit: &mut Pointers) {
+        visit.field::<PBox<Node>>(core::mem::offset_of!(Node, next));
+    }
+}
+
+const LARGE: usize = 200 << 10;
+type Big = [u64; 700];
+type Huge = [u8; LARGE];
+
+/// What a pool holds: the list, the other roots, and how many objects of which type are live.
+type State = (Vec<u64>, Vec<(String, u64)>, BTreeMap<u64, usize>);
+
+fn state(pool: &PersistentPool) -> State {
+    pool.read(|r| {
+        let mut list = Vec::new();
+        if let Ok(first) = r.root_handle::<PBox<Node>>("list") {
+            let mut at = first;
+            while !at.is_null() {
+                let node = r.get(&at)?;
+                list.push(node.value);
+                at = node.next;
+            }
+        }
+        let mut others = Vec::new();
+        for name in r.root_names() {
+            if let Ok(big) = r.root::<Big>(&name) {
+                others.push((name, big.iter().sum()));
+            } else if let Ok(huge) = r.root::<Huge>(&name) {
+                others.push((name, huge.iter().map(|&byte| u64::from(byte)).sum()));
+            } else if let Ok(number) = r.root::<u64>(&name) {
+                others.push((name, *number));
+            }
+        }
+        let mut live = BTreeMap::new();
+        r.for_each_object(|object| {
+            *live.entry(object.fingerprint).or_default() += 1;
+            true
+        });
+        Ok((list, others, live))
+    })
+    .unwrap()
+}
+
+fn push(tx: &Transaction<'_>, value: u64) -> crate::Result<()> {
+    let next = tx.root_handle("list").unwrap_or(PBox::null());
+    let node = tx.alloc(Node { value, pad: [value; 5], next })?;
+    tx.set_root("list", &node)
+}
+
+fn pop(tx: &Transaction<'_>) -> crate::Result<()> {
+    let first = tx.root_handle::<PBox<Node>>("list")?;
+    let next = tx.get(&first)?.next;
+    tx.free(first)?;
+    if next.is_null() { tx.remove_root("list") } else { tx.set_root("list", &next) }
+}
+
+type Step = fn(&PersistentPool) -> crate::Result<()>;
+
+/// Operations of every kind; each is one transaction, or none.
+const STEPS: &[Step] = &[
+    |pool| pool.transaction(|tx| push(tx, 1)),
+    |pool| pool.transaction(|tx| push(tx, 2)),
+    |pool| pool.transaction(|tx| (10..20).try_for_each(|n| push(tx, n))),
+    |pool| pool.transaction(pop),
+    // Every node changes at once.
+    |pool| {
+        pool.transaction(|tx| {
+            let mut at = tx.root_handle::<PBox<Node>>("list")?;
+            while !at.is_null() {
+                let mut node = tx.get_mut(&at)?;
+                node.value += 100;
+                node.pad = [node.value; 5];
+                at = node.next;
+            }
+            Ok(())
+        })
+    },
+    // A failed one leaves nothing.
+    |pool| {
+        let failed = pool.transaction(|tx| {
+            push(tx, 99)?;
+            pop(tx)?;
+            pop(tx)?;
+            tx.alloc([1u64; 4])?;
+            Err::<(), _>(crate::Error::refused("a test", "none"))
+        });
+        assert!(failed.is_err());
+        Ok(())
+    },
+    |pool| {
+        pool.transaction(|tx| {
+            let number = tx.alloc(5u64)?;
+            tx.set_root("number", &number)
+        })
+    },
+    |pool| pool.transaction(|tx| tx.root_mut::<u64>("number").map(|mut number| *number = 6)),
+    // An object larger than a lane, then a change of all of it: the record goes outside the log.
+    |pool| {
+        pool.transaction(|tx| {
+            let big = tx.alloc([7u64; 700])?;
+            tx.set_root("big", &big)
+        })
+    },
+    |pool| pool.transaction(|tx| tx.root_mut::<Big>("big").map(|mut big| *big = [9; 700])),
+    |pool| {
+        pool.transaction(|tx| {
+            let mut huge = tx.reserve::<Huge>()?;
+            huge.write([3; LARGE]);
+            let huge = tx.publish(huge)?;
+            tx.set_root("huge", &huge)
+        })
+    },
+    |pool| {
+        pool.transaction(|tx| {
+            tx.free(tx.root_handle::<PBox<Huge>>("huge")?)?;
+            tx.free(tx.root_handle::<PBox<Big>>("big")?)?;
+            tx.remove_root("huge")?;
+            tx.remove_root("big")
+        })
+    },
+    // What was freed is used again.
+    |pool| pool.transaction(|tx| (30..40).try_for_each(|n| push(tx, n))),
+    |pool| pool.transaction(|tx| (0..15).try_for_each(|_| pop(tx))),
+    |pool| {
+        pool.transaction(|tx| {
+            let other = tx.alloc([8u64; 700])?;
+            tx.set_root("big", &other)?;
+            push(tx, 41)
+        })
+    },
+];
+
+/// A recorded run.
+struct Run {
+    base: Vec<u8>,
+    events: Vec<Event>,
+    /// Events that had happened when each step had returned.
+    ends: Vec<usize>,
+    /// What the pool held before the first step and after each.
+    states: Vec<State>,
+}
+
+fn record(folder: &Folder, durability: Durability) -> Run {
+    let path = folder.0.join("recorded");
+    let config = PersistentConfig::new(1 << 20).layout("crash").durability(durability);
+    let pool = PersistentPool::create(&path, config).unwrap();
+    let base = fs::read(&path).unwrap();
+    let mut run = Run { base, events: Vec::new(), ends: Vec::new(), states: vec![state(&pool)] };
+    let trace = &pool.inner.media.trace;
+    trace.start();
+    for step in STEPS {
+        step(&pool).unwrap();
+        run.ends.push(trace.count());
+        run.states.push(state(&pool));
+    }
+    run.events = trace.stop();
+    assert!(run.events.len() > 100, "{} events", run.events.len());
+    run
+}
+
+impl Run {
+    /// Numbers of the states allowed when the first `happened` events had happened.
+    fn allowed(&self, happened: usize) -> (usize, usize) {
+        let done = self.ends.partition_point(|&end| end <= happened);
+        (done, (done + 1).min(self.states.len() - 1))
+    }
+
+    fn apply(&self, image: &mut [u8], events: core::ops::Range<usize>) {
+        for event in &self.events[events] {
+            if let Event::Store { at, bytes } = event {
+                image[*at as usize..*at as usize + bytes.len()].copy_from_slice(bytes);
+            }
+        }
+    }
+
+    /// Opens an image; what it holds must be an allowed state, and it must be usable.
+    fn check(&self, folder: &Folder, image: &[u8], happened: usize, what: &str) {
+        let path = folder.0.join("image");
+        fs::write(&path, image).unwrap();
+        let pool = PersistentPool::open_with(&path, "crash", Durability::ProcessCrash)
+            .unwrap_or_else(|error| panic!("{what}, event {happened}: {error}"));
+        let found = state(&pool);
+        let (before, after) = self.allowed(happened);
+        assert!(
+            found == self.states[before] || found == self.states[after],
+            "{what}, event {happened}: neither state {before} nor {after}\n{found:?}\n{:?}\n{:?}",
+            self.states[before],
+            self.states[after]
+        );
+        pool.transaction(|tx| push(tx, 1000)).unwrap();
+        assert_eq!(state(&pool).0[0], 1000);
+        pool.close().unwrap();
+        fs::remove_file(&path).unwrap();
+    }
+}
+
+/// A small generator, so that runs repeat.
+pub(super) struct Random(pub(super) u64);
+
+impl Random {
+    pub(super) fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % bound.max(1) as u64) as usize
+    }
+}
+
+/// Twice as many in the long form.
+fn rounds(short: usize) -> usize {
+    if std::env::var_os("MEMORY_POOL_LONG_TESTS").is_some() { short * 20 } else { short }
+}
+
+#[test]
+fn a_killed_process_leaves_before_or_after_at_every_store() {
+    let folder = Folder::new("kill");
+    let run = record(&folder, Durability::ProcessCrash);
+    let mut image = run.base.clone();
+    for happened in 0..run.events.len() {
+        run.check(&folder, &image, happened, "prefix");
+        if let Event::Store { at, bytes } = &run.events[happened]
+            && bytes.len() > 8
+        {
+            // Killed in the middle of a row of stores.
+            let mut torn = image.clone();
+            for cut in [8, bytes.len() / 16 * 8, (bytes.len() - 1) / 8 * 8] {
+                torn[*at as usize..*at as usize + cut].copy_from_slice(&bytes[..cut]);
+                run.check(&folder, &torn, happened, "torn store");
+            }
+        }
+        run.apply(&mut image, happened..happened + 1);
+    }
+    run.check(&folder, &image, run.events.len(), "whole");
+}
+
+#[test]
+fn a_power_failure_leaves_before_or_after_in_any_order_of_writing_back() {
+    let folder = Folder::new("power");
+    let run = record(&folder, Durability::Power);
+    let mut random = Random(0x9E37_79B9_7F4A_7C15);
+    let syncs: Vec<usize> = (0..run.events.len()).filter(|&i| run.events[i] == Event::Sync).collect();
+    assert!(syncs.len() > 10);
+    // A crash right before the sync, right after it, and at some store between this sync and the next.
+    let mut durable = run.base.clone();
+    let mut last = 0;
+    for (number, &sync) in syncs.iter().chain([&run.events.len()]).enumerate() {
+        let mut points = vec![sync];
+        points.extend((0..3).map(|_| last + random.below(sync - last + 1)));
+        for happened in points {
+            let stores: Vec<usize> =
+                (last..happened).filter(|&i| matches!(run.events[i], Event::Store { .. })).collect();
+            run.check(&folder, &durable, happened, "none");
+            let mut image = durable.clone();
+            run.apply(&mut image, last..happened);
+            run.check(&folder, &image, happened, "accumulative");
+            for block in [8, 64, 512, 4096] {
+                for _ in 0..rounds(2) {
+                    let mixed = mix(&run, &durable, &stores, block, &mut random);
+                    run.check(&folder, &mixed, happened, "random blocks");
+                }
+            }
+            // Each store alone at the end of an otherwise unwritten stretch, and the others without it.
+            for &only in stores.iter().rev().take(rounds(3)) {
+                let mut image = durable.clone();
+                run.apply(&mut image, only..only + 1);
+                run.check(&folder, &image, happened, "reverse");
+                let mut image = durable.clone();
+                for &store in stores.iter().filter(|&&store| store != only) {
+                    run.apply(&mut image, store..store + 1);
+                }
+                run.check(&folder, &image, happened, "all but one");
+            }
+        }
+        run.apply(&mut durable, last..sync);
+        last = sync;
+        let _ = number;
+    }
+}
+
+/// Every block of the file as it was after some of the stores, each block after others.
+fn mix(run: &Run, durable: &[u8], stores: &[usize], block: usize, random: &mut Random) -> Vec<u8> {
+    let mut image = durable.to_vec();
+    let mut upto: BTreeMap<usize, usize> = BTreeMap::new();
+    for (i, &store) in stores.iter().enumerate() {
+        let Event::Store { at, bytes } = &run.events[store] else { continue };
+        let mut from = 0;
+        while from < bytes.len() {
+            let place = *at as usize + from;
+            let len = (block - place % block).min(bytes.len() - from);
+            let limit = *upto.entry(place / block).or_insert_with(|| random.below(stores.len() + 1));
+            if i < limit {
+                image[place..place + len].copy_from_slice(&bytes[from..from + len]);
+            }
+            from += len;
+        }
+    }
+    image
+}
+
+#[test]
+fn flipped_bits_and_torn_records_in_the_log_are_seen() {
+    for durability in [Durability::ProcessCrash, Durability::Power] {
+        let folder = Folder::new(&format!("flip-{durability:?}"));
+        let run = record(&folder, durability);
+        let mut random = Random(77);
+        let mut image = run.base.clone();
+        let mut tried = 0;
+        for happened in 0..run.events.len() {
+            run.apply(&mut image, happened..happened + 1);
+            // A record is complete and not applied when the header of its lane was just written.
+            let Event::Store { at, bytes } = &run.events[happened] else { continue };
+            let lane = (at.wrapping_sub(LOG) / LANE_SIZE) as usize;
+            if lane >= 16 || at % LANE_SIZE != 0 || bytes.len() < 48 {
+                continue;
+            }
+            let start = *at as usize;
+            let len = 64 + u64::from_le_bytes(bytes[32..40].try_into().unwrap()).min(LANE_SIZE - 64) as usize;
+            for _ in 0..rounds(6) {
+                let bit = random.below(len * 8);
+                let mut flipped = image.clone();
+                flipped[start + bit / 8] ^= 1 << (bit % 8);
+                run.check(&folder, &flipped, happened, "flipped bit");
+                tried += 1;
+            }
+            for piece in [8, 64, 512] {
+                let from = random.below(len.div_ceil(piece)) * piece;
+                let mut torn = image.clone();
+                let end = (start + from + piece).min(start + LANE_SIZE as usize);
+                torn[start + from..end].copy_from_slice(&run.base[start + from..end]);
+                run.check(&folder, &torn, happened, "torn record");
+                tried += 1;
+            }
+        }
+        assert!(tried > 80, "{tried}");
+    }
+}
+
+#[test]
+fn recovery_that_crashes_is_recovered() {
+    let folder = Folder::new("again");
+    let run = record(&folder, Durability::ProcessCrash);
+    let mut image = run.base.clone();
+    let mut recovered = 0;
+    for happened in 0..run.events.len() {
+        run.apply(&mut image, happened..happened + 1);
+        let path = folder.0.join("first");
+        fs::write(&path, &image).unwrap();
+        let read_only = PersistentPool::open_read_only(&path, "crash").unwrap();
+        let (before, after) = run.allowed(happened + 1);
+        let found = state(&read_only);
+        assert!(found == run.states[before] || found == run.states[after], "event {happened}");
+        let replayed = read_only.recovered_records();
+        drop(read_only);
+        assert_eq!(fs::read(&path).unwrap(), image, "reading wrote to the file");
+        if replayed == 0 {
+            continue;
+        }
+        recovered += 1;
+        // Apply half of the record by hand, as an interrupted recovery would.
+        let mut half = image.clone();
+        let end = run.ends[run.ends.partition_point(|&end| end <= happened + 1).min(run.ends.len() - 1)];
+        run.apply(&mut half, happened + 1..(happened + 1 + end) / 2);
+        run.check(&folder, &half, happened + 1, "interrupted recovery");
+    }
+    assert!(recovered > 10, "{recovered}");
+}

@@ -1,0 +1,653 @@
+//! The index in memory: which slots may be handed out. The truth is in the file; this is rebuilt from it.
+//!
+//! Opening walks the tables. The bitmap of a run is read when something is first allocated of its kind, or
+//! freed in it.
+//!
+//! Invariants
+//! 1. A slot is handed out only if its bit is clear here; a bit is set here whenever it is set in the file,
+//!    and while the slot is reserved. So a bit is cleared here only after it was cleared in the file and the
+//!    record that did so can no longer be replayed over later ones.
+//! 2. A run with `bits == None` has no reserved slot, and no free of a slot of it is under way.
+//! 3. `fresh` chunks are not yet in the file what they are here: whoever publishes in them logs that, too.
+//!    `stale` chunks have an entry in the file that must be cleared by whoever makes them part of another.
+//! 4. A run whose slots are all free has nothing reserved, so its chunks may be taken for something else.
+//!
+//! The pool keeps the one `Heap` behind a lock.
+
+#![forbid(unsafe_code)]
+
+use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasherDefault, Hasher};
+
+use super::format::{BITMAP_WORDS, CHUNK, Entry, MAX_SLOTS, MAX_ZONE_CHUNKS, MIN_SLOT, Zone};
+use super::journal::Ops;
+use super::media::Media;
+use super::table::Table;
+use crate::base::bits::{floor_log2, round_up};
+use crate::base::error::{Error, OomReason, Result};
+
+/// Slots up to this size lie in runs; larger objects have chunks of their own.
+const MAX_RUN_SLOT: u64 = 2 * CHUNK;
+/// Most chunks of a run.
+const MAX_RUN_CHUNKS: u32 = 8;
+const MAX_ALIGN: usize = CHUNK as usize;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Free,
+    Run,
+    Large,
+    /// Belongs to the head so many chunks before.
+    Rest(u32),
+}
+
+#[derive(Clone, Debug)]
+struct Chunk {
+    kind: Kind,
+    fresh: bool,
+    stale: bool,
+    backed: bool,
+    chunks: u32,
+    slot: u32,
+    slots: u32,
+    free: u32,
+    /// No word before this one has a clear bit.
+    hint: u32,
+    bin: u32,
+    fingerprint: u64,
+    bits: Option<Box<[u64]>>,
+}
+
+const FREE_CHUNK: Chunk = Chunk {
+    kind: Kind::Free,
+    fresh: false,
+    stale: false,
+    backed: false,
+    chunks: 1,
+    slot: 0,
+    slots: 0,
+    free: 0,
+    hint: 0,
+    bin: u32::MAX,
+    fingerprint: 0,
+    bits: None,
+};
+
+/// The runs of one type and slot size.
+#[derive(Debug, Default)]
+struct Bin {
+    /// Runs that may have room; the last is used first.
+    open: Vec<u32>,
+    /// Runs whose bitmap was not read yet.
+    unread: Vec<u32>,
+    registered: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct BinKey {
+    fingerprint: u64,
+    slot: u32,
+}
+
+impl core::hash::Hash for BinKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.fingerprint ^ u64::from(self.slot));
+    }
+}
+
+/// For keys that are hashes or offsets already.
+#[derive(Default)]
+pub(crate) struct Fold(u64);
+
+impl Hasher for Fold {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(byte.into());
+        }
+    }
+    fn write_u64(&mut self, word: u64) {
+        let wide = u128::from(self.0 ^ word) * 0x9E37_79B9_7F4A_7C15;
+        self.0 = (wide >> 64) as u64 ^ wide as u64;
+    }
+}
+
+pub(crate) type FoldMap<K, V> = HashMap<K, V, BuildHasherDefault<Fold>>;
+
+/// A slot handed out, not yet in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Slot {
+    pub(crate) offset: u64,
+    pub(crate) size: u64,
+    chunk: u32,
+    pub(crate) mark: SlotMark,
+    /// The chunk's entry must be logged together with the mark.
+    pub(crate) fresh: bool,
+    /// The type is in the file's list of types.
+    pub(crate) registered: bool,
+}
+
+/// How the slot will be marked live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SlotMark {
+    Bit { word: u64, mask: u64 },
+    Entry,
+}
+
+impl Slot {
+    /// The same for slots of one run.
+    pub(crate) fn run(&self) -> u32 {
+        self.chunk
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Heap {
+    zones: Vec<(Zone, u32)>,
+    chunks: Vec<Chunk>,
+    free_chunks: u32,
+    /// No chunk before this one is free.
+    free_hint: u32,
+    bins: Vec<Bin>,
+    bin_of: FoldMap<BinKey, u32>,
+    registered: HashSet<u64, BuildHasherDefault<Fold>>,
+    /// Runs that became empty; checked when they are taken.
+    empty: Vec<u32>,
+    zero_fill: bool,
+    read_all: bool,
+}
+
+/// How many bytes a slot for `size` bytes has. `exact`: for a type, whose objects are all of that size;
+/// else sizes are rounded so that few different ones exist.
+fn slot_size(size: usize, align: usize, exact: bool) -> Result<u64> {
+    let overflow = Error::oom(size, OomReason::Overflow);
+    if align > MAX_ALIGN {
+        return Err(Error::config("alignment", align, "up to 65536 in a file"));
+    }
+    let size = size.max(MIN_SLOT as usize);
+    let size = if exact {
+        size
+    } else {
+        let step = if size <= 128 { 16 } else { 1 << (floor_log2(size - 1) - 3) };
+        round_up(size, step).ok_or(overflow)?
+    };
+    round_up(size, align.max(8)).filter(|&n| n <= isize::MAX as usize).map(|n| n as u64).ok_or(overflow)
+}
+
+impl Heap {
+    /// Reads the tables of all zones. `lenient` takes a chunk whose entry is wrong for occupied, so that
+    /// what is whole can be read.
+    pub(crate) fn new(
+        media: &Media,
+        table: &Table,
+        zones: &[Zone],
+        zero_fill: bool,
+        lenient: bool,
+    ) -> Result<Self> {
+        let mut heap = Self {
+            zones: Vec::new(),
+            chunks: Vec::new(),
+            free_chunks: 0,
+            free_hint: 0,
+            bins: Vec::new(),
+            bin_of: FoldMap::default(),
+            registered: HashSet::default(),
+            empty: Vec::new(),
+            zero_fill,
+            read_all: false,
+        };
+        for zone in zones {
+            heap.add_zone(*zone);
+        }
+        for (number, &zone) in zones.iter().enumerate() {
+            heap.read_table(media, table, number, zone, lenient)?;
+        }
+        Ok(heap)
+    }
+
+    pub(crate) fn add_zone(&mut self, zone: Zone) {
+        self.zones.push((zone, self.chunks.len() as u32));
+        self.chunks.resize(self.chunks.len() + zone.chunks as usize, FREE_CHUNK);
+        self.free_chunks += zone.chunks;
+    }
+
+    fn read_table(
+        &mut self,
+        media: &Media,
+        table: &Table,
+        number: usize,
+        zone: Zone,
+        lenient: bool,
+    ) -> Result<()> {
+        let first = self.zones[number].1;
+        let mut chunk = 0;
+        while chunk < zone.chunks {
+            let at = zone.entry(chunk);
+            let word = media.load(at);
+            let fingerprint = media.load(at + 8);
+            let global = first + chunk;
+            let covered = match Entry::decode(word, zone.chunks - chunk) {
+                Some(Entry::Free) => 1,
+                Some(Entry::Run { chunks, slot }) => {
+                    let slots = (u64::from(chunks) * CHUNK / u64::from(slot)) as u32;
+                    self.occupy(global, chunks, Kind::Run);
+                    let bin = self.bin(BinKey { fingerprint, slot });
+                    let head = &mut self.chunks[global as usize];
+                    (head.slot, head.slots, head.bin, head.fingerprint) = (slot, slots, bin, fingerprint);
+                    self.bins[bin as usize].unread.push(global);
+                    for distance in 1..chunks {
+                        table.set_back(number, chunk + distance, distance);
+                    }
+                    chunks
+                }
+                Some(Entry::Large { chunks }) => {
+                    self.occupy(global, chunks, Kind::Large);
+                    chunks
+                }
+                None if lenient => {
+                    self.occupy(global, 1, Kind::Large);
+                    1
+                }
+                None => {
+                    let what =
+                        "a table entry: run memory-pool check, or open it read-only to save what is whole";
+                    return Err(Error::corrupt(at, what, word));
+                }
+            };
+            chunk += covered;
+        }
+        Ok(())
+    }
+
+    /// Takes chunks out of the free ones.
+    fn occupy(&mut self, head: u32, chunks: u32, kind: Kind) {
+        for distance in 0..chunks {
+            let chunk = &mut self.chunks[(head + distance) as usize];
+            debug_assert_eq!(chunk.kind, Kind::Free);
+            chunk.kind = if distance == 0 { kind } else { Kind::Rest(distance) };
+        }
+        self.chunks[head as usize].chunks = chunks;
+        self.free_chunks -= chunks;
+    }
+
+    fn bin(&mut self, key: BinKey) -> u32 {
+        if let Some(&bin) = self.bin_of.get(&key) {
+            return bin;
+        }
+        let bin = self.bins.len() as u32;
+        let registered = self.registered.contains(&key.fingerprint) || key.fingerprint < 1 << 63;
+        self.bins.push(Bin { registered, ..Bin::default() });
+        self.bin_of.insert(key, bin);
+        bin
+    }
+
+    /// The list of types in the file has this one.
+    pub(crate) fn set_registered(&mut self, fingerprint: u64) {
+        self.registered.insert(fingerprint);
+        for (key, &bin) in &self.bin_of {
+            if key.fingerprint == fingerprint {
+                self.bins[bin as usize].registered = true;
+            }
+        }
+    }
+
+    pub(crate) fn is_registered(&self, fingerprint: u64) -> bool {
+        self.registered.contains(&fingerprint)
+    }
+
+    /// Zone and chunk in it of a chunk counted over all zones.
+    fn place(&self, chunk: u32) -> (usize, Zone, u32) {
+        let number = self.zones.partition_point(|&(_, first)| first <= chunk) - 1;
+        let (zone, first) = self.zones[number];
+        (number, zone, chunk - first)
+    }
+
+    /// The head of the chunk at `offset`.
+    fn head(&self, offset: u64) -> Option<u32> {
+        let (zone, first) = self.zones.iter().find(|(zone, _)| offset < zone.end())?;
+        let chunk = first + (offset.checked_sub(zone.data())? / CHUNK) as u32;
+        match self.chunks[chunk as usize].kind {
+            Kind::Rest(distance) => Some(chunk - distance),
+            Kind::Free => None,
+            _ => Some(chunk),
+        }
+    }
+
+    /// Reserves room for `size` bytes of type `fingerprint`.
+    #[inline]
+    pub(crate) fn reserve(
+        &mut self,
+        media: &Media,
+        table: &Table,
+        fingerprint: u64,
+        size: usize,
+        align: usize,
+        exact: bool,
+    ) -> Result<Slot> {
+        let slot = slot_size(size, align, exact)?;
+        if slot > MAX_RUN_SLOT {
+            return self.reserve_large(media, table, fingerprint, slot);
+        }
+        let bin = self.bin(BinKey { fingerprint, slot: slot as u32 });
+        if let Some(&run) = self.bins[bin as usize].open.last()
+            && let Some(found) = self.take(run, bin)
+        {
+            return Ok(found);
+        }
+        self.reserve_slow(media, table, fingerprint, slot as u32, bin)
+    }
+
+    /// A clear bit of `run`, which is set; `None` where the run is full or of another kind by now.
+    #[inline]
+    fn take(&mut self, run: u32, bin: u32) -> Option<Slot> {
+        let chunk = &mut self.chunks[run as usize];
+        if chunk.kind != Kind::Run || chunk.bin != bin || chunk.free == 0 {
+            return None;
+        }
+        let bits = chunk.bits.as_mut()?;
+        let mut word = chunk.hint as usize;
+        while bits[word] == u64::MAX {
+            word += 1;
+        }
+        let bit = bits[word].trailing_ones();
+        bits[word] |= 1 << bit;
+        chunk.hint = word as u32;
+        chunk.free -= 1;
+        let (size, fresh) = (u64::from(chunk.slot), chunk.fresh);
+        let registered = self.bins[bin as usize].registered;
+        let (_, zone, local) = self.place(run);
+        Some(Slot {
+            offset: zone.chunk(local) + (word as u64 * 64 + u64::from(bit)) * size,
+            size,
+            chunk: run,
+            mark: SlotMark::Bit { word: zone.bitmap(local) + word as u64 * 8, mask: 1 << bit },
+            fresh,
+            registered,
+        })
+    }
+
+    #[cold]
+    fn reserve_slow(
+        &mut self,
+        media: &Media,
+        table: &Table,
+        fingerprint: u64,
+        slot: u32,
+        bin: u32,
+    ) -> Result<Slot> {
+        loop {
+            if let Some(&run) = self.bins[bin as usize].open.last() {
+                if let Some(found) = self.take(run, bin) {
+                    return Ok(found);
+                }
+                self.bins[bin as usize].open.pop();
+            } else if let Some(run) = self.bins[bin as usize].unread.pop() {
+                self.read_bits(media, run);
+            } else {
+                self.new_run(media, table, fingerprint, slot, bin)?;
+            }
+        }
+    }
+
+    /// Reads the bitmap of a run, if that was not done before.
+    fn read_bits(&mut self, media: &Media, run: u32) {
+        let (_, zone, local) = self.place(run);
+        let chunk = &mut self.chunks[run as usize];
+        if chunk.kind != Kind::Run || chunk.bits.is_some() {
+            return;
+        }
+        let words = chunk.slots.div_ceil(64) as usize;
+        let mut bits = [0u64; BITMAP_WORDS];
+        media.load_words(zone.bitmap(local), &mut bits[..words]);
+        mask_tail(&mut bits[..words], chunk.slots);
+        chunk.free = bits[..words].iter().map(|word| word.count_zeros()).sum();
+        chunk.hint = 0;
+        chunk.bits = Some(bits[..words].into());
+        if chunk.free > 0 {
+            self.bins[chunk.bin as usize].open.push(run);
+        }
+        if chunk.free == chunk.slots {
+            self.empty.push(run);
+        }
+    }
+
+    fn new_run(&mut self, media: &Media, table: &Table, fingerprint: u64, slot: u32, bin: u32) -> Result<()> {
+        let size = u64::from(slot);
+        let least = size.div_ceil(CHUNK) as u32;
+        // As few chunks as keep what is left over below a sixteenth.
+        let good = |n: &u32| (u64::from(*n) * CHUNK) % size * 16 <= u64::from(*n) * CHUNK;
+        let wanted = (least..=MAX_RUN_CHUNKS).find(good).unwrap_or(MAX_RUN_CHUNKS);
+        let wanted = wanted.min((MAX_SLOTS * size / CHUNK).max(1) as u32).max(least);
+        let mut chunks = wanted;
+        let head = loop {
+            match self.take_chunks(media, table, chunks, size as usize) {
+                Ok(head) => break head,
+                Err(_) if chunks > least => chunks -= 1,
+                Err(error) => return Err(error),
+            }
+        };
+        self.occupy(head, chunks, Kind::Run);
+        let (number, _, local) = self.place(head);
+        for distance in 1..chunks {
+            table.set_back(number, local + distance, distance);
+        }
+        let slots = (u64::from(chunks) * CHUNK / size) as u32;
+        let mut bits = vec![0u64; slots.div_ceil(64) as usize].into_boxed_slice();
+        mask_tail(&mut bits, slots);
+        let run = &mut self.chunks[head as usize];
+        (run.slot, run.slots, run.free, run.hint) = (slot, slots, slots, 0);
+        (run.bin, run.fingerprint, run.fresh, run.bits) = (bin, fingerprint, true, Some(bits));
+        self.bins[bin as usize].open.push(head);
+        Ok(())
+    }
+
+    #[cold]
+    fn reserve_large(&mut self, media: &Media, table: &Table, fingerprint: u64, size: u64) -> Result<Slot> {
+        let chunks = size.div_ceil(CHUNK);
+        if chunks > MAX_ZONE_CHUNKS {
+            return Err(Error::oom(size as usize, OomReason::TooLarge((MAX_ZONE_CHUNKS * CHUNK) as usize)));
+        }
+        let chunks = chunks as u32;
+        let head = self.take_chunks(media, table, chunks, size as usize)?;
+        self.occupy(head, chunks, Kind::Large);
+        let chunk = &mut self.chunks[head as usize];
+        (chunk.fingerprint, chunk.fresh) = (fingerprint, true);
+        let (_, zone, local) = self.place(head);
+        Ok(Slot {
+            offset: zone.chunk(local),
+            size: u64::from(chunks) * CHUNK,
+            chunk: head,
+            mark: SlotMark::Entry,
+            fresh: true,
+            registered: self.registered.contains(&fingerprint) || fingerprint < 1 << 63,
+        })
+    }
+
+    /// Adjacent free chunks with disk space behind them, still marked free.
+    fn take_chunks(&mut self, media: &Media, table: &Table, chunks: u32, size: usize) -> Result<u32> {
+        let head = match self.find_free(chunks) {
+            Some(head) => head,
+            None => {
+                self.collect_empty(media, table);
+                let held = self.zones.iter().map(|(zone, _)| zone.end()).max().unwrap_or(0) as usize;
+                self.find_free(chunks).ok_or(Error::oom(size, OomReason::PoolFull(held)))?
+            }
+        };
+        let (_, zone, local) = self.place(head);
+        let span = head as usize..(head + chunks) as usize;
+        if !self.chunks[span.clone()].iter().all(|chunk| chunk.backed) {
+            media.back(zone.chunk(local), u64::from(chunks) * CHUNK, self.zero_fill)?;
+            for chunk in &mut self.chunks[span] {
+                chunk.backed = true;
+            }
+        }
+        Ok(head)
+    }
+
+    /// First fit among the free chunks.
+    fn find_free(&mut self, wanted: u32) -> Option<u32> {
+        if self.free_chunks < wanted {
+            return None;
+        }
+        while self.chunks.get(self.free_hint as usize).is_some_and(|c| c.kind != Kind::Free) {
+            self.free_hint += 1;
+        }
+        for &(zone, first) in &self.zones {
+            let end = first + zone.chunks;
+            let mut start = first.max(self.free_hint);
+            let mut at = start;
+            while at < end && end - start >= wanted {
+                let chunk = &self.chunks[at as usize];
+                match chunk.kind {
+                    Kind::Free => at += 1,
+                    Kind::Rest(_) => (at, start) = (at + 1, at + 1),
+                    _ => (at, start) = (at + chunk.chunks, at + chunk.chunks),
+                }
+                if at - start == wanted {
+                    return Some(start);
+                }
+            }
+        }
+        None
+    }
+
+    /// Makes the chunks of empty runs free.
+    #[cold]
+    fn collect_empty(&mut self, media: &Media, table: &Table) {
+        if !self.read_all {
+            self.read_all = true;
+            for chunk in 0..self.chunks.len() as u32 {
+                self.read_bits(media, chunk);
+            }
+        }
+        while let Some(run) = self.empty.pop() {
+            let chunk = &self.chunks[run as usize];
+            if chunk.kind == Kind::Run && chunk.free == chunk.slots && chunk.bits.is_some() {
+                let stale = !chunk.fresh;
+                self.free_chunks_of(run, table, stale);
+            }
+        }
+    }
+
+    /// Marks all chunks of `head` free.
+    fn free_chunks_of(&mut self, head: u32, table: &Table, stale: bool) {
+        let chunks = self.chunks[head as usize].chunks;
+        let (number, _, local) = self.place(head);
+        for distance in 0..chunks {
+            let chunk = &mut self.chunks[(head + distance) as usize];
+            let stale = chunk.stale || (stale && distance == 0);
+            *chunk = Chunk { stale, backed: chunk.backed, ..FREE_CHUNK };
+            table.set_back(number, local + distance, 0);
+        }
+        self.free_chunks += chunks;
+        self.free_hint = self.free_hint.min(head);
+    }
+
+    /// Logs what the file must learn of the slot's chunks before, or with, its mark.
+    pub(crate) fn log_fresh(&self, slot: &Slot, ops: &mut Ops) {
+        let head = &self.chunks[slot.chunk as usize];
+        if !head.fresh {
+            return;
+        }
+        let (_, zone, local) = self.place(slot.chunk);
+        for distance in 1..head.chunks {
+            if self.chunks[(slot.chunk + distance) as usize].stale {
+                ops.set(zone.entry(local + distance), 0);
+            }
+        }
+        let entry = match head.kind {
+            Kind::Run => Entry::Run { chunks: head.chunks, slot: head.slot },
+            _ => Entry::Large { chunks: head.chunks },
+        };
+        ops.entry(zone.entry(local), zone.bitmap(local), entry.encode(), head.fingerprint);
+    }
+
+    /// What was logged for the slot is in the file.
+    pub(crate) fn confirm(&mut self, slot: &Slot) {
+        for distance in 0..self.chunks[slot.chunk as usize].chunks {
+            self.chunks[(slot.chunk + distance) as usize].stale = false;
+        }
+        self.chunks[slot.chunk as usize].fresh = false;
+    }
+
+    /// To be called before a live object is freed in the file.
+    pub(crate) fn prepare_free(&mut self, media: &Media, offset: u64) {
+        if let Some(head) = self.head(offset) {
+            self.read_bits(media, head);
+        }
+    }
+
+    /// Takes a slot back: a reserved one that was not published, or one that is free in the file by now.
+    /// Returns its size.
+    #[inline]
+    pub(crate) fn release(&mut self, table: &Table, offset: u64) -> u64 {
+        let Some(head) = self.head(offset) else { return 0 };
+        let (_, zone, local) = self.place(head);
+        let chunk = &mut self.chunks[head as usize];
+        if chunk.kind == Kind::Large {
+            let size = u64::from(chunk.chunks) * CHUNK;
+            // What was reserved only has no entry; what was freed has lost it.
+            self.free_chunks_of(head, table, false);
+            return size;
+        }
+        let index = ((offset - zone.chunk(local)) / u64::from(chunk.slot)) as u32;
+        let word = index / 64;
+        let Some(bits) = chunk.bits.as_mut() else { return 0 };
+        debug_assert!(bits[word as usize] & 1 << (index % 64) != 0, "released twice: {offset:#x}");
+        bits[word as usize] &= !(1 << (index % 64));
+        chunk.hint = chunk.hint.min(word);
+        chunk.free += 1;
+        let (free, slots, bin, size) = (chunk.free, chunk.slots, chunk.bin, chunk.slot);
+        if free == 1 {
+            self.bins[bin as usize].open.push(head);
+        }
+        if free == slots {
+            self.empty.push(head);
+        }
+        size.into()
+    }
+
+    /// The size of the slot at `offset` if it is reserved or live and of type `fingerprint`.
+    pub(crate) fn held(&self, offset: u64, fingerprint: u64) -> Option<u64> {
+        let head = self.head(offset)?;
+        let chunk = &self.chunks[head as usize];
+        if chunk.fingerprint != fingerprint {
+            return None;
+        }
+        let (_, zone, local) = self.place(head);
+        let inside = offset - zone.chunk(local);
+        match chunk.kind {
+            Kind::Large => (inside == 0).then_some(u64::from(chunk.chunks) * CHUNK),
+            _ => {
+                let slot = u64::from(chunk.slot);
+                let (index, rest) = (inside / slot, inside % slot);
+                let set = chunk.bits.as_ref()?.get(index as usize / 64)? & 1 << (index % 64) != 0;
+                (rest == 0 && index < chunk.slots.into() && set).then_some(slot)
+            }
+        }
+    }
+
+    /// Bytes of free chunks, and of the longest row of them.
+    pub(crate) fn free_space(&self) -> (u64, u64) {
+        let mut longest = 0;
+        for &(zone, first) in &self.zones {
+            let mut row = 0;
+            for chunk in &self.chunks[first as usize..(first + zone.chunks) as usize] {
+                row = if chunk.kind == Kind::Free { row + 1 } else { 0 };
+                longest = longest.max(row);
+            }
+        }
+        (u64::from(self.free_chunks) * CHUNK, longest * CHUNK)
+    }
+}
+
+/// Sets the bits behind the last slot.
+fn mask_tail(bits: &mut [u64], slots: u32) {
+    if slots % 64 != 0
+        && let Some(last) = bits.last_mut()
+    {
+        *last |= u64::MAX << (slots % 64);
+    }
+}

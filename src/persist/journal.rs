@@ -1,0 +1,556 @@
+//! Records: how a change of many words becomes one.
+//!
+//! A transaction keeps what it will change to itself. To commit, its changes are written as one record with
+//! a checksum into a *lane* of the log; once the record is safe they are applied in place. Recovery applies
+//! the records it finds again; applying twice is the same as once.
+//!
+//! | durability | a record is safe | a lane is used again |
+//! |---|---|---|
+//! | process crash | when written: stores survive the process in program order | when its record was applied and cleared |
+//! | DAX | when flushed and fenced | when the changes and the clearing were flushed |
+//! | power | after one `fdatasync`, shared by all who wait for one | after the *next* `fdatasync`, which made the changes durable, too |
+//!
+//! Invariants
+//! 1. Records that can be replayed together and touch the same word are replayed in the order in which they
+//!    were applied: under process crash and DAX no two such records exist (the objects stay locked until the
+//!    record is cleared); under power sequence numbers order them, and the next record names the number
+//!    below which all is in place for good.
+//! 2. What a transaction writes outside the log before it commits is reachable from nothing, and no record
+//!    that can still be replayed writes to it. Under power that data and the record become durable in one
+//!    sync, in any order, so the record carries checksums of the data; it counts only if they hold. Once a
+//!    record of a later group exists that sync was complete, and they are not looked at any more.
+//! 3. Nothing of a record is applied before the record is safe, and then all of it under the exclusive gate.
+
+use std::sync::{Condvar, Mutex, MutexGuard, RwLock};
+
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use super::format::{BITMAP_WORDS, Checksum, Header, LANE_HEADER, LANE_SIZE};
+use super::media::Media;
+use super::recover::Words;
+use crate::base::error::{Error, Refusal, Result};
+
+/// Operations of a record, encoded.
+#[derive(Debug, Default)]
+pub(crate) struct Ops {
+    words: Vec<u64>,
+    count: usize,
+}
+
+/// One operation.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Op<'a> {
+    Set { at: u64, value: u64 },
+    SetBits { at: u64, mask: u64 },
+    ClearBits { at: u64, mask: u64 },
+    Write { at: u64, words: &'a [u64] },
+    Entry { at: u64, bitmap: u64, word: u64, fingerprint: u64 },
+    Check { at: u64, len: u64, sum: u64 },
+}
+
+/// Bytes that one check covers at most.
+const CHECKED: u64 = 1 << 30;
+
+impl Ops {
+    fn push(&mut self, kind: u64, at: u64, operands: &[u64]) {
+        self.count += 1;
+        self.words.extend_from_slice(&[kind, at]);
+        self.words.extend_from_slice(operands);
+    }
+
+    pub(crate) fn set(&mut self, at: u64, value: u64) {
+        self.push(1, at, &[value]);
+    }
+
+    pub(crate) fn set_bits(&mut self, at: u64, mask: u64) {
+        self.push(2, at, &[mask]);
+    }
+
+    pub(crate) fn clear_bits(&mut self, at: u64, mask: u64) {
+        self.push(3, at, &[mask]);
+    }
+
+    pub(crate) fn write(&mut self, at: u64, words: &[u64]) {
+        match *words {
+            [value] => self.set(at, value),
+            _ => self.push(4 | (words.len() as u64 * 8) << 32, at, words),
+        }
+    }
+
+    /// Sets a table entry, and clears the bitmap with it, unless it is set already.
+    pub(crate) fn entry(&mut self, at: u64, bitmap: u64, word: u64, fingerprint: u64) {
+        self.push(5, at, &[bitmap, word, fingerprint]);
+    }
+
+    /// Makes the record depend on words that were written in place.
+    pub(crate) fn check(&mut self, media: &Media, mut at: u64, mut len: u64) {
+        while len > 0 {
+            let piece = len.min(CHECKED);
+            self.push(6 | piece << 32, at, &[sum_of(media, at, piece)]);
+            (at, len) = (at + piece, len - piece);
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.words.is_empty()
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.words.clear();
+        self.count = 0;
+    }
+}
+
+/// The operations in a body; `None` behind a malformed one.
+pub(crate) fn parse(mut body: &[u64]) -> impl Iterator<Item = Option<Op<'_>>> {
+    core::iter::from_fn(move || {
+        let (&head, rest) = body.split_first()?;
+        let step = || {
+            let (&at, rest) = rest.split_first()?;
+            let bytes = head >> 32;
+            let operands = match head & 0xFFFF_FFFF {
+                1..=3 if bytes == 0 => 1,
+                4 if bytes > 0 && bytes % 8 == 0 => (bytes / 8) as usize,
+                5 if bytes == 0 => 3,
+                6 if bytes > 0 && bytes % 8 == 0 => 1,
+                _ => return None,
+            };
+            let (words, rest) = rest.split_at_checked(operands)?;
+            let op = match (head & 0xFFFF_FFFF, words) {
+                (1, &[value]) => Op::Set { at, value },
+                (2, &[mask]) => Op::SetBits { at, mask },
+                (3, &[mask]) => Op::ClearBits { at, mask },
+                (6, &[sum]) => Op::Check { at, len: bytes, sum },
+                (5, &[bitmap, word, fingerprint]) => Op::Entry { at, bitmap, word, fingerprint },
+                (_, words) => Op::Write { at, words },
+            };
+            Some((op, rest))
+        };
+        match step() {
+            Some((op, rest)) => {
+                body = rest;
+                Some(Some(op))
+            }
+            None => {
+                body = &[];
+                Some(None)
+            }
+        }
+    })
+}
+
+/// Applies the operations of a body that was made here or checked.
+///
+/// # Safety
+/// Nobody else reads through references, or writes, what they change.
+pub(crate) unsafe fn apply(media: &Media, body: &[u64]) {
+    for op in parse(body).flatten() {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match op {
+                Op::Set { at, value } => {
+                    media.store(at, value);
+                    media.flush(at, 8);
+                }
+                Op::SetBits { at, mask } => {
+                    media.store(at, media.load(at) | mask);
+                    media.flush(at, 8);
+                }
+                Op::ClearBits { at, mask } => {
+                    media.store(at, media.load(at) & !mask);
+                    media.flush(at, 8);
+                }
+                Op::Write { at, words } => {
+                    media.store_words(at, words);
+                    media.flush(at, words.len() * 8);
+                }
+                Op::Check { .. } => {}
+                Op::Entry { at, bitmap, word, fingerprint } => {
+                    if (media.load(at), media.load(at + 8)) != (word, fingerprint) {
+                        media.store_words(bitmap, &[0; BITMAP_WORDS]);
+                        media.store(at + 8, fingerprint);
+                        media.store(at, word);
+                        media.flush(bitmap, BITMAP_WORDS * 8);
+                        media.flush(at, 16);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The checksum of `len` bytes at `at`, both multiples of 8.
+pub(crate) fn sum_of(words: &impl Words, mut at: u64, mut len: u64) -> u64 {
+    let mut piece = [0; 64];
+    let mut sum = Checksum::new(at);
+    while len > 0 {
+        let count = (len / 8).min(64) as usize;
+        words.read(at, &mut piece[..count]);
+        sum = piece[..count].iter().fold(sum, |sum, &word| sum.add(word));
+        (at, len) = (at + count as u64 * 8, len - count as u64 * 8);
+    }
+    sum.finish()
+}
+
+/// A block outside the log that holds a body too large for a lane.
+pub(crate) trait Overflow {
+    /// Reserves a block of `len` bytes.
+    fn reserve(&self, len: usize) -> Result<u64>;
+    /// Gives it back.
+    fn release(&self, offset: u64);
+}
+
+/// The checksum of a lane's header.
+pub(crate) fn header_sum(identity: u64, lane: u32, words: &[u64; 6]) -> u64 {
+    Checksum::of(identity ^ u64::from(lane), words)
+}
+
+#[derive(Debug)]
+struct Lane {
+    at: u64,
+    busy: AtomicBool,
+    sequence: AtomicU64,
+}
+
+/// A record that waits for its sync.
+struct Waiting {
+    ticket: u64,
+    lane: u32,
+    body: Vec<u64>,
+    body_sum: u64,
+    overflow: u64,
+}
+
+#[derive(Default)]
+struct Group {
+    sequence: u64,
+    /// Up to here every record is in place for good.
+    settled: u64,
+    free: Vec<u32>,
+    waiting: Vec<Waiting>,
+    /// Lanes and overflow blocks of records applied since the last sync began.
+    applied: Vec<(u32, u64)>,
+    leading: bool,
+    next_ticket: u64,
+    /// Tickets below this one were served.
+    served: u64,
+    spare: Vec<Vec<u64>>,
+}
+
+/// The log of an open pool.
+pub(crate) struct Journal {
+    identity: u64,
+    lanes: Box<[Lane]>,
+    power: bool,
+    group: Mutex<Group>,
+    wake: Condvar,
+    records: AtomicU64,
+}
+
+impl core::fmt::Debug for Journal {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Journal").field("lanes", &self.lanes.len()).finish_non_exhaustive()
+    }
+}
+
+impl Journal {
+    /// The log of a recovered pool: every lane is empty.
+    pub(crate) fn new(header: &Header, power: bool) -> Self {
+        let lane = |i| Lane { at: header.lane(i), busy: AtomicBool::new(false), sequence: AtomicU64::new(1) };
+        Self {
+            identity: header.identity,
+            lanes: (0..header.lanes).map(lane).collect(),
+            power,
+            group: Mutex::new(Group {
+                sequence: 1,
+                free: (0..header.lanes).rev().collect(),
+                ..Group::default()
+            }),
+            wake: Condvar::new(),
+            records: AtomicU64::new(0),
+        }
+    }
+
+    /// Records committed since opening.
+    pub(crate) fn records(&self) -> u64 {
+        self.records.load(Ordering::Relaxed)
+    }
+
+    /// Makes the operations happen, all or none; on return they have, as safely as the pool's durability
+    /// says. `ops` is empty afterwards.
+    ///
+    /// # Safety
+    /// The operations lie in the file, and what they change is locked by the caller, so that only readers
+    /// who hold the gate look at it.
+    pub(crate) unsafe fn commit(
+        &self,
+        media: &Media,
+        gate: &RwLock<()>,
+        overflow: &dyn Overflow,
+        ops: &mut Ops,
+    ) -> Result<()> {
+        media.check_usable()?;
+        if self.power {
+            self.commit_group(media, gate, overflow, ops)
+        } else {
+            // SAFETY: the caller's contract.
+            unsafe { self.commit_alone(media, gate, overflow, ops) }
+        }
+    }
+
+    unsafe fn commit_alone(
+        &self,
+        media: &Media,
+        gate: &RwLock<()>,
+        overflow: &dyn Overflow,
+        ops: &mut Ops,
+    ) -> Result<()> {
+        media.fence();
+        if ops.count == 1 && ops.words[0] <= 3 {
+            // One word changes whole or not at all.
+            let gate = enter(gate);
+            // SAFETY: the caller's contract, and the gate keeps readers out.
+            unsafe { apply(media, &ops.words) };
+            drop(gate);
+            media.fence();
+            ops.clear();
+            return Ok(());
+        }
+        let number = self.claim();
+        let lane = &self.lanes[number as usize];
+        let sequence = lane.sequence.load(Ordering::Relaxed);
+        lane.sequence.store(sequence + 1, Ordering::Relaxed);
+        let outcome = self.write_body(media, lane, overflow, &ops.words).map(|(body_sum, block)| {
+            let gate = self.write_header(
+                media,
+                number,
+                [sequence, 0, body_sum, ops.words.len() as u64 * 8, block, 0],
+            );
+            media.fence();
+            gate
+        });
+        let block = match outcome {
+            Ok(block) => block,
+            Err(error) => {
+                lane.busy.store(false, Ordering::Release);
+                return Err(error);
+            }
+        };
+        let entered = enter(gate);
+        // SAFETY: the caller's contract, and the gate keeps readers out.
+        unsafe { apply(media, &ops.words) };
+        media.fence();
+        drop(entered);
+        // SAFETY: the lane is ours while busy.
+        unsafe { media.store(lane.at + 8, 0) };
+        media.flush(lane.at, 16);
+        media.fence();
+        lane.busy.store(false, Ordering::Release);
+        if block != 0 {
+            overflow.release(block);
+        }
+        ops.clear();
+        Ok(())
+    }
+
+    /// A lane for this thread alone.
+    fn claim(&self) -> u32 {
+        static THREADS: AtomicU32 = AtomicU32::new(0);
+        thread_local!(static FIRST: u32 = THREADS.fetch_add(1, Ordering::Relaxed));
+        let count = self.lanes.len() as u32;
+        let first = FIRST.with(|first| *first);
+        loop {
+            for i in 0..count {
+                let number = first.wrapping_add(i) % count;
+                let busy = &self.lanes[number as usize].busy;
+                if !busy.load(Ordering::Relaxed) && !busy.swap(true, Ordering::Acquire) {
+                    return number;
+                }
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// Writes a body into the lane or a block; returns its checksum and the block.
+    fn write_body(
+        &self,
+        media: &Media,
+        lane: &Lane,
+        overflow: &dyn Overflow,
+        body: &[u64],
+    ) -> Result<(u64, u64)> {
+        let bytes = body.len() * 8;
+        let block = if bytes as u64 <= LANE_SIZE - LANE_HEADER { 0 } else { overflow.reserve(bytes)? };
+        let at = if block == 0 { lane.at + LANE_HEADER } else { block };
+        // SAFETY: the lane or block is ours alone.
+        unsafe { media.store_words(at, body) };
+        media.flush(at, bytes);
+        Ok((Checksum::of(self.identity, body), block))
+    }
+
+    /// Completes the record; gives back the block of its body.
+    fn write_header(&self, media: &Media, number: u32, words: [u64; 6]) -> u64 {
+        let [sequence, settled, body_sum, bytes, block, group] = words;
+        let sum = header_sum(self.identity, number, &words);
+        let at = self.lanes[number as usize].at;
+        // SAFETY: the lane is ours alone.
+        unsafe { media.store_words(at, &[sum, sequence, settled, body_sum, bytes, block, group]) };
+        media.flush(at, LANE_HEADER as usize);
+        self.records.fetch_add(1, Ordering::Relaxed);
+        block
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Group> {
+        self.group.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn wait<'a>(&self, group: MutexGuard<'a, Group>) -> MutexGuard<'a, Group> {
+        self.wake.wait(group).unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn commit_group(
+        &self,
+        media: &Media,
+        gate: &RwLock<()>,
+        overflow: &dyn Overflow,
+        ops: &mut Ops,
+    ) -> Result<()> {
+        let mut group = self.lock();
+        let lane = loop {
+            if let Some(lane) = group.free.pop() {
+                break lane;
+            }
+            // All lanes wait for the sync that makes their changes durable.
+            group = if group.leading { self.wait(group) } else { self.lead(group, media, gate, overflow) };
+            media.check_usable()?;
+        };
+        drop(group);
+        let written = self.write_body(media, &self.lanes[lane as usize], overflow, &ops.words);
+        let mut group = self.lock();
+        let (body_sum, block) = match written {
+            Ok(written) => written,
+            Err(error) => {
+                group.free.push(lane);
+                return Err(error);
+            }
+        };
+        let ticket = group.next_ticket;
+        group.next_ticket += 1;
+        let spare = group.spare.pop().unwrap_or_default();
+        let body = core::mem::replace(&mut ops.words, spare);
+        ops.clear();
+        group.waiting.push(Waiting { ticket, lane, body, body_sum, overflow: block });
+        while group.served <= ticket {
+            group = if group.leading { self.wait(group) } else { self.lead(group, media, gate, overflow) };
+            if group.served <= ticket {
+                media.check_usable()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Syncs for all that wait, and applies their records.
+    fn lead<'a>(
+        &'a self,
+        mut group: MutexGuard<'a, Group>,
+        media: &Media,
+        gate: &RwLock<()>,
+        overflow: &dyn Overflow,
+    ) -> MutexGuard<'a, Group> {
+        group.leading = true;
+        let batch = core::mem::take(&mut group.waiting);
+        let before = core::mem::take(&mut group.applied);
+        let (first, settled) = (group.sequence, group.settled);
+        group.sequence += batch.len() as u64;
+        drop(group);
+        for (i, record) in batch.iter().enumerate() {
+            let bytes = record.body.len() as u64 * 8;
+            let words = [first + i as u64, settled, record.body_sum, bytes, record.overflow, first];
+            self.write_header(media, record.lane, words);
+        }
+        let synced = media.sync();
+        if synced.is_ok() {
+            let entered = enter(gate);
+            for record in &batch {
+                // SAFETY: every committer of the batch locked what its record changes and waits for us; the
+                // gate keeps readers out.
+                unsafe { apply(media, &record.body) };
+            }
+            drop(entered);
+        }
+        let mut group = self.lock();
+        group.leading = false;
+        if synced.is_ok() {
+            group.settled = first - 1;
+            for (lane, block) in before {
+                group.free.push(lane);
+                if block != 0 {
+                    overflow.release(block);
+                }
+            }
+            for mut record in batch {
+                group.served = record.ticket + 1;
+                group.applied.push((record.lane, record.overflow));
+                record.body.clear();
+                group.spare.push(record.body);
+            }
+        }
+        // After a failure the pool is poisoned; those who wait find that out themselves.
+        self.wake.notify_all();
+        group
+    }
+
+    /// Makes every record that was applied durable in place, and clears the log.
+    pub(crate) fn settle(&self, media: &Media, overflow: &dyn Overflow) -> Result<()> {
+        let mut group = self.lock();
+        while group.leading {
+            group = self.wait(group);
+        }
+        media.sync()?;
+        group.settled = group.sequence - 1;
+        for (lane, block) in core::mem::take(&mut group.applied) {
+            // SAFETY: applied and durable, so nobody needs the record; nobody leads.
+            unsafe { media.store(self.lanes[lane as usize].at + 8, 0) };
+            group.free.push(lane);
+            if block != 0 {
+                overflow.release(block);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn enter(gate: &RwLock<()>) -> std::sync::RwLockWriteGuard<'_, ()> {
+    gate.write().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// The error of a transaction that would wait for itself.
+#[cold]
+pub(crate) fn conflict() -> Error {
+    Error::InvalidOperation(Refusal::Conflict)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bodies_parse_back_and_cut_ones_end_in_none() {
+        let mut ops = Ops::default();
+        ops.set(8, 1);
+        ops.set_bits(16, 2);
+        ops.clear_bits(24, 3);
+        ops.write(32, &[4, 5, 6]);
+        ops.entry(64, 72, 7, 8);
+        ops.push(6 | 16 << 32, 80, &[9]);
+        let all: Vec<_> = parse(&ops.words).collect();
+        assert_eq!(all.len(), ops.count);
+        assert_eq!(all[3], Some(Op::Write { at: 32, words: &[4, 5, 6] }));
+        assert!(all.iter().all(Option::is_some));
+        for cut in 1..ops.words.len() {
+            let parsed: Vec<_> = parse(&ops.words[..cut]).collect();
+            assert!(parsed.iter().rev().skip(1).all(Option::is_some), "{cut}");
+        }
+        assert_eq!(parse(&[9, 9, 9]).collect::<Vec<_>>(), [None]);
+    }
+}

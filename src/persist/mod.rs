@@ -1,0 +1,43 @@
+//! Persistent pools: a heap in a file that survives the process and, where asked, power failures.
+//!
+//! | module | what |
+//! |---|---|
+//! | `format` | the file, byte by byte |
+//! | `media`, `flush` | the mapped, locked file; syncs and flush instructions |
+//! | `table` | what lies at an offset, without a lock |
+//! | `heap` | what may be handed out: an index in memory over the bitmaps in the file |
+//! | `journal`, `recover` | records in the log: written, applied, applied again after a crash |
+//! | `locks`, `context`, `arena`, `tx`, `txapi` | transactions |
+//! | `read`, `ptr`, `types`, `roots` | references, pointers, what may be stored, named roots |
+//! | `inner`, `pool` | the open pool and its handle |
+
+mod arena;
+mod context;
+#[cfg(test)]
+mod crash;
+mod flush;
+mod format;
+mod heap;
+mod inner;
+mod journal;
+mod locks;
+mod media;
+mod pool;
+mod ptr;
+mod read;
+mod recover;
+mod roots;
+mod table;
+#[cfg(test)]
+mod trace;
+mod tx;
+mod txapi;
+mod types;
+
+pub use media::Durability;
+pub use pool::{PersistentConfig, PersistentPool};
+pub use ptr::{Handle, PBox, PRef, PRefMut};
+pub use read::{Access, ObjectInfo, Reader};
+pub use tx::Transaction;
+pub use txapi::Reserved;
+pub use types::{Persist, Pointers};

@@ -1,0 +1,116 @@
+//! What opening does with the log: finish what was committed, forget what was not.
+
+#![forbid(unsafe_code)]
+
+use super::format::{BITMAP, Checksum, Header, LANE_HEADER, LANE_SIZE, PAGE, SUPER};
+use super::journal::{Op, header_sum, parse, sum_of};
+use crate::base::error::{Error, Result};
+
+/// Where words are read from: a mapping, or the bytes of a file.
+pub(crate) trait Words {
+    /// Fills `words` from `offset` on, all of which lies in the file.
+    fn read(&self, offset: u64, words: &mut [u64]);
+}
+
+impl Words for super::media::Media {
+    fn read(&self, offset: u64, words: &mut [u64]) {
+        self.load_words(offset, words);
+    }
+}
+
+/// A whole record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Record {
+    pub(crate) lane: u32,
+    pub(crate) sequence: u64,
+    pub(crate) settled: u64,
+    pub(crate) group: u64,
+    pub(crate) body: Vec<u64>,
+}
+
+/// What the log holds.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Log {
+    /// Records to apply, in their order.
+    pub(crate) records: Vec<Record>,
+    /// Lanes with a record, to be cleared afterwards.
+    pub(crate) used: Vec<u32>,
+    /// Lanes whose record was not written to its end: their transactions never happened.
+    pub(crate) torn: Vec<u32>,
+}
+
+/// Reads every lane. A record that is not whole is no error, one that is whole and makes no sense is.
+pub(crate) fn read_log(words: &impl Words, header: &Header) -> Result<Log> {
+    let mut log = Log::default();
+    for lane in 0..header.lanes {
+        let at = header.lane(lane);
+        let mut head = [0; 7];
+        words.read(at, &mut head);
+        let [sum, fields @ ..] = head;
+        let [sequence, settled, body_sum, bytes, block, group] = fields;
+        if sequence == 0 {
+            continue;
+        }
+        log.used.push(lane);
+        if sum != header_sum(header.identity, lane, &fields) {
+            log.torn.push(lane);
+            continue;
+        }
+        let start = if block == 0 { at + LANE_HEADER } else { block };
+        let limit = if block == 0 { at + LANE_SIZE } else { header.file_len() };
+        let fits = start.checked_add(bytes).is_some_and(|end| end <= limit);
+        if bytes == 0 || bytes % 8 != 0 || start % 8 != 0 || !fits || (block != 0 && block < header.log_end())
+        {
+            return Err(Error::corrupt(at, "a log record inside the file: run memory-pool check", bytes));
+        }
+        let mut body = vec![0; (bytes / 8) as usize];
+        words.read(start, &mut body);
+        if Checksum::of(header.identity, &body) != body_sum {
+            log.torn.push(lane);
+            continue;
+        }
+        for op in parse(&body) {
+            if !op.is_some_and(|op| is_inside(&op, header)) {
+                return Err(Error::corrupt(
+                    start,
+                    "log operations inside the pool: run memory-pool check",
+                    0,
+                ));
+            }
+        }
+        log.records.push(Record { lane, sequence, settled, group, body });
+    }
+    // The sync of the last group may not have come to its end.
+    let last = log.records.iter().map(|record| record.group).max().unwrap_or(0);
+    let Log { records, torn, .. } = &mut log;
+    records.retain(|record| {
+        let holds = |op| match op {
+            Op::Check { at, len, sum } => sum_of(words, at, len) == sum,
+            _ => true,
+        };
+        let whole = record.group < last || parse(&record.body).flatten().all(holds);
+        if !whole {
+            torn.push(record.lane);
+        }
+        whole
+    });
+    let settled = log.records.iter().map(|record| record.settled).max().unwrap_or(0);
+    log.records.retain(|record| record.sequence > settled);
+    log.records.sort_by_key(|record| record.sequence);
+    Ok(log)
+}
+
+/// Whether all that the operation changes lies where records may change something.
+fn is_inside(op: &Op<'_>, header: &Header) -> bool {
+    let inside = |at: u64, len: u64| {
+        let end = at.checked_add(len);
+        let within = |low: u64, high: u64| at >= low && end.is_some_and(|end| end <= high);
+        at % 8 == 0 && (within(SUPER, SUPER + PAGE) || within(header.log_end(), header.file_len()))
+    };
+    match *op {
+        Op::Set { at, .. } | Op::SetBits { at, .. } | Op::ClearBits { at, .. } => inside(at, 8),
+        Op::Write { at, words } => inside(at, words.len() as u64 * 8),
+        Op::Check { at, len, .. } => inside(at, len),
+        Op::Entry { at, bitmap, .. } => inside(at, 16) && inside(bitmap, BITMAP),
+    }
+}
