@@ -14,6 +14,7 @@ use super::named::PoolRef;
 use crate::base::error::Result;
 use crate::base::host::{HostPool, dangling};
 use crate::observe::Observer;
+use crate::persist::PersistentPool;
 use crate::pool::{AnyPool, Front, LocalPool, Pool, PoolEngine};
 use crate::source::Source;
 
@@ -179,4 +180,5 @@ allocators! {
     [P: HostPool] PoolRef<P>;
     [] crate::pool::CpuPool;
     [] super::global::GlobalPool;
+    [] PersistentPool;
 }

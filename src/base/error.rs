@@ -74,8 +74,8 @@ pub enum Error {
         at: u64,
         /// What was expected there.
         what: &'static str,
-        /// The word found there instead.
-        found: u64,
+        /// The word found there instead, where one word says it.
+        found: Option<u64>,
     },
 }
 
@@ -266,7 +266,7 @@ impl Error {
     /// Stored data at `at` is `found` where it should be `what`.
     #[cold]
     pub(crate) const fn corrupt(at: u64, what: &'static str, found: u64) -> Self {
-        Self::Corrupt { at, what, found }
+        Self::Corrupt { at, what, found: Some(found) }
     }
 
     #[cold]
@@ -303,7 +303,11 @@ impl fmt::Display for Error {
                 }
             }
             Self::Corrupt { at, what, found } => {
-                write!(f, "corrupt at {at:#x}: expected {what}; found {found:#x}; do not write to it")
+                write!(f, "corrupt at {at:#x}: expected {what}; ")?;
+                if let Some(found) = found {
+                    write!(f, "found {found:#x}; ")?;
+                }
+                f.write_str("do not write to it")
             }
         }
     }

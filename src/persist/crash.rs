@@ -87,7 +87,7 @@ fn state(pool: &PersistentPool) -> State {
 }
 
 fn push(tx: &Transaction<'_>, value: u64) -> crate::Result<()> {
-    let next = tx.root_handle("list").unwrap_or(PBox::null());
+    let next = tx.root_handle("list").unwrap_or_default();
     let node = tx.alloc(Node { value, pad: [value; 5], next })?;
     tx.set_root("list", &node)
 }
@@ -251,7 +251,7 @@ impl Random {
     }
 }
 
-/// Twice as many in the long form.
+/// More in the long form.
 fn rounds(short: usize) -> usize {
     if std::env::var_os("MEMORY_POOL_LONG_TESTS").is_some() { short * 20 } else { short }
 }

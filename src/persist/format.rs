@@ -229,7 +229,7 @@ impl Entry {
         match word as u8 {
             0 if word == 0 => Some(Self::Free),
             1 if fits => {
-                let sized = u64::from(slot) >= MIN_SLOT && slot % 8 == 0;
+                let sized = u64::from(slot) >= MIN_SLOT && slot.is_multiple_of(8);
                 let slots = (u64::from(chunks) * CHUNK).checked_div(slot.into())?;
                 (sized && (1..=MAX_SLOTS).contains(&slots)).then_some(Self::Run { chunks, slot })
             }

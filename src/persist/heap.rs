@@ -629,6 +629,45 @@ impl Heap {
         }
     }
 
+    /// Calls `visit` with offset and size of every slot of type `fingerprint` that is reserved or live, as
+    /// far as bitmaps were read.
+    pub(crate) fn for_each_held(&self, fingerprint: u64, mut visit: impl FnMut(u64, u64)) {
+        for (number, chunk) in self.chunks.iter().enumerate() {
+            if chunk.fingerprint != fingerprint || !matches!(chunk.kind, Kind::Run | Kind::Large) {
+                continue;
+            }
+            let (_, zone, local) = self.place(number as u32);
+            let start = zone.chunk(local);
+            if chunk.kind == Kind::Large {
+                visit(start, u64::from(chunk.chunks) * CHUNK);
+            }
+            for slot in 0..chunk.slots {
+                let word = chunk.bits.as_ref().map_or(0, |bits| bits[slot as usize / 64]);
+                if word & 1 << (slot % 64) != 0 {
+                    visit(start + u64::from(slot) * u64::from(chunk.slot), chunk.slot.into());
+                }
+            }
+        }
+    }
+
+    /// Gives the disk space of free chunks back, but for `keep` bytes of them.
+    pub(crate) fn punch_free(&mut self, media: &Media, table: &Table, keep: u64) {
+        self.collect_empty(media, table);
+        let mut kept = 0;
+        for number in 0..self.chunks.len() {
+            if self.chunks[number].kind != Kind::Free {
+                continue;
+            }
+            if kept + CHUNK <= keep && self.chunks[number].backed {
+                kept += CHUNK;
+                continue;
+            }
+            let (_, zone, local) = self.place(number as u32);
+            media.punch(zone.chunk(local), CHUNK);
+            self.chunks[number].backed = false;
+        }
+    }
+
     /// Bytes of free chunks, and of the longest row of them.
     pub(crate) fn free_space(&self) -> (u64, u64) {
         let mut longest = 0;
@@ -645,7 +684,7 @@ impl Heap {
 
 /// Sets the bits behind the last slot.
 fn mask_tail(bits: &mut [u64], slots: u32) {
-    if slots % 64 != 0
+    if !slots.is_multiple_of(64)
         && let Some(last) = bits.last_mut()
     {
         *last |= u64::MAX << (slots % 64);

@@ -40,7 +40,8 @@ pub(crate) struct Books {
     /// Bytes live when it was opened; counted when first asked for.
     pub(crate) live_at_open: Option<u64>,
     pub(crate) peak: i64,
-    pub(crate) scratch: u64,
+    /// Raw blocks freed while their thread was in a read; freed in the file when it is over.
+    pub(crate) deferred: Vec<u64>,
 }
 
 impl core::ops::Deref for Books {
@@ -70,6 +71,7 @@ pub(crate) struct Inner {
     pub(crate) names: RwLock<HashMap<String, u64>>,
     pub(crate) path: PathBuf,
     pub(crate) config: PoolConfig,
+    pub(crate) name: String,
     pub(crate) replayed: usize,
     pub(crate) tracking: AtomicBool,
     transactions: AtomicU64,
@@ -90,12 +92,19 @@ pub(crate) struct Parts {
 impl Inner {
     pub(crate) fn new(parts: Parts) -> Self {
         let Parts { media, table, heap, header, durability, names, path, replayed } = parts;
-        let books =
-            Books { heap, tally: Tally::default(), failures: 0, live_at_open: None, peak: 0, scratch: 0 };
+        let books = Books {
+            heap,
+            tally: Tally::default(),
+            failures: 0,
+            live_at_open: None,
+            peak: 0,
+            deferred: Vec::new(),
+        };
         Self {
             journal: Journal::new(&header, durability == Durability::Power),
             config: PoolConfig::default_cpu().path(&path).initial_size(header.file_len() as usize),
             identity: header.identity,
+            name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             header: Mutex::new(header),
             heap: Lock::new(books),
             locks: Locks::default(),
@@ -150,11 +159,6 @@ impl Inner {
         books.peak = books.peak.max(sum.bytes as i64 - sum.freed_bytes as i64);
     }
 
-    #[cold]
-    pub(crate) fn note_failure(&self) {
-        self.heap.lock().failures += 1;
-    }
-
     pub(crate) fn add_roots(&self, roots: &[(String, u64)]) {
         let mut names = self.names.write().unwrap_or_else(|poisoned| poisoned.into_inner());
         names.extend(roots.iter().cloned());
@@ -204,18 +208,22 @@ impl Inner {
         };
         let held = self.media.len() as usize;
         let (free, largest_free) = books.free_space();
-        let mut stats = MemoryStats::default();
-        stats.total_allocated = self.stored(Counter::Bytes).wrapping_add(bytes);
-        stats.current_allocated = (at_open + bytes).saturating_sub(freed_bytes) as usize;
-        stats.peak_allocated = (at_open as i64).saturating_add(books.peak).max(0) as usize;
-        stats.allocation_count = self.stored(Counter::Allocations).wrapping_add(allocations);
-        stats.deallocation_count = self.stored(Counter::Frees).wrapping_add(frees);
-        stats.failed_count = books.failures;
-        (stats.reserved, stats.peak_reserved) = (held, held);
-        (stats.committed, stats.peak_committed) = (held - free as usize, held - free as usize);
-        (stats.free, stats.largest_free) = (free as usize, largest_free as usize);
-        stats.source_calls = self.media.syncs();
-        stats
+        MemoryStats {
+            total_allocated: self.stored(Counter::Bytes).wrapping_add(bytes),
+            current_allocated: (at_open + bytes).saturating_sub(freed_bytes) as usize,
+            peak_allocated: (at_open as i64).saturating_add(books.peak).max(0) as usize,
+            allocation_count: self.stored(Counter::Allocations).wrapping_add(allocations),
+            deallocation_count: self.stored(Counter::Frees).wrapping_add(frees),
+            failed_count: books.failures,
+            reserved: held,
+            peak_reserved: held,
+            committed: held - free as usize,
+            peak_committed: held - free as usize,
+            free: free as usize,
+            largest_free: largest_free as usize,
+            source_calls: self.media.syncs(),
+            ..MemoryStats::default()
+        }
     }
 }
 

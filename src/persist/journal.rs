@@ -153,11 +153,11 @@ pub(crate) unsafe fn apply(media: &Media, body: &[u64]) {
                     media.flush(at, 8);
                 }
                 Op::SetBits { at, mask } => {
-                    media.store(at, media.load(at) | mask);
+                    media.set_bits(at, mask);
                     media.flush(at, 8);
                 }
                 Op::ClearBits { at, mask } => {
-                    media.store(at, media.load(at) & !mask);
+                    media.clear_bits(at, mask);
                     media.flush(at, 8);
                 }
                 Op::Write { at, words } => {

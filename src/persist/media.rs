@@ -235,12 +235,6 @@ impl Media {
         &self.file
     }
 
-    /// Whether stores must be flushed by instruction.
-    #[inline]
-    pub(crate) fn is_dax(&self) -> bool {
-        self.dax
-    }
-
     /// The place of `len` bytes at `offset`, which lie in the file; panics where they do not.
     #[inline]
     pub(crate) fn at(&self, offset: u64, len: usize) -> NonNull<u8> {
@@ -252,7 +246,7 @@ impl Media {
 
     #[inline]
     fn word(&self, offset: u64) -> &AtomicU64 {
-        assert!(offset % 8 == 0);
+        assert!(offset.is_multiple_of(8));
         // SAFETY: `at` checked the range, the base is aligned, and by invariant 3 words are accessed
         // atomically here.
         unsafe { self.at(offset, 8).cast::<AtomicU64>().as_ref() }
@@ -275,13 +269,35 @@ impl Media {
         self.trace.store(offset, &value.to_le_bytes());
     }
 
+    /// Sets bits of the word at `offset`.
+    ///
+    /// # Safety
+    /// Nobody holds a reference to it; bits that others change at the same time are not lost.
+    #[inline]
+    pub(crate) unsafe fn set_bits(&self, offset: u64, mask: u64) {
+        self.word(offset).fetch_or(mask, Ordering::Release);
+        #[cfg(test)]
+        self.trace.store(offset, &self.load(offset).to_le_bytes());
+    }
+
+    /// Clears bits of the word at `offset`.
+    ///
+    /// # Safety
+    /// As for [`set_bits`](Self::set_bits).
+    #[inline]
+    pub(crate) unsafe fn clear_bits(&self, offset: u64, mask: u64) {
+        self.word(offset).fetch_and(!mask, Ordering::Release);
+        #[cfg(test)]
+        self.trace.store(offset, &self.load(offset).to_le_bytes());
+    }
+
     /// Writes whole words.
     ///
     /// # Safety
     /// As for [`store`](Self::store), for all of them.
     #[inline]
     pub(crate) unsafe fn store_words(&self, offset: u64, words: &[u64]) {
-        assert!(offset % 8 == 0);
+        assert!(offset.is_multiple_of(8));
         let place = self.at(offset, words.len() * 8).cast::<AtomicU64>();
         for (i, &word) in words.iter().enumerate() {
             // SAFETY: `at` checked the range; invariant 3.
@@ -295,7 +311,7 @@ impl Media {
 
     /// Reads whole words.
     pub(crate) fn load_words(&self, offset: u64, words: &mut [u64]) {
-        assert!(offset % 8 == 0);
+        assert!(offset.is_multiple_of(8));
         let place = self.at(offset, words.len() * 8).cast::<AtomicU64>();
         for (i, word) in words.iter_mut().enumerate() {
             // SAFETY: `at` checked the range; invariant 3.
@@ -352,10 +368,6 @@ impl Media {
     /// How often [`sync`](Self::sync) was called.
     pub(crate) fn syncs(&self) -> u64 {
         self.syncs.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn poison(&self) {
-        self.poisoned.store(true, Ordering::Release);
     }
 
     /// An error where a sync failed before, or where this process is a fork of the one that opened the pool.
@@ -415,6 +427,25 @@ impl Media {
         #[cfg(test)]
         self.trace.zeroed(offset, len);
         Ok(())
+    }
+
+    /// Gives the disk space of a range back; it reads as zero afterwards. Does nothing where the file system
+    /// cannot.
+    pub(crate) fn punch(&self, offset: u64, len: u64) {
+        #[cfg(target_os = "linux")]
+        // SAFETY: plain system call on our descriptor; the caller needs nothing in the range.
+        unsafe {
+            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            libc::fallocate(self.file.as_raw_fd(), mode, offset as libc::off_t, len as libc::off_t);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (offset, len);
+    }
+
+    /// Disk space behind the file.
+    pub(crate) fn disk_bytes(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        self.file.metadata().map_or(0, |metadata| metadata.blocks() * 512)
     }
 
     /// After recovery of a read-only pool: not even we write to it any more.

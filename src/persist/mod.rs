@@ -9,7 +9,7 @@
 //! | `journal`, `recover` | records in the log: written, applied, applied again after a crash |
 //! | `locks`, `context`, `arena`, `tx`, `txapi` | transactions |
 //! | `read`, `ptr`, `types`, `roots` | references, pointers, what may be stored, named roots |
-//! | `inner`, `pool` | the open pool and its handle |
+//! | `inner`, `pool`, `raw` | the open pool and its handle; blocks without a type |
 
 mod arena;
 mod context;
@@ -24,6 +24,7 @@ mod locks;
 mod media;
 mod pool;
 mod ptr;
+mod raw;
 mod read;
 mod recover;
 mod roots;

@@ -10,7 +10,7 @@ use core::fmt;
 
 use super::context;
 use super::format::{
-    CHUNK, CLOSED, Counter, HEADER_AT, Header, LOG, MAX_LANES, MAX_LAYOUT, MAX_ZONES, MIN_SIZE, PAGE, Zone,
+    CHUNK, CLOSED, Counter, HEADER_AT, Header, MAX_LANES, MAX_LAYOUT, MAX_ZONES, MIN_SIZE, PAGE, Zone,
 };
 use super::heap::Heap;
 use super::inner::{Inner, Parts};
@@ -264,8 +264,11 @@ impl PersistentPool {
         if context::current(inner).reads {
             return work(&reader);
         }
-        let _gate = inner.gate.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-        context::within(inner, None, || work(&reader))
+        let gate = inner.gate.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let outcome = context::within(inner, None, || work(&reader));
+        drop(gate);
+        inner.free_deferred();
+        outcome
     }
 
     /// Adds at least `bytes` to the file, an eighth of its present size at the least.
@@ -403,6 +406,7 @@ pub(crate) fn shut(inner: &Inner) -> Result<()> {
         return Ok(());
     }
     inner.media.check_usable()?;
+    inner.free_deferred();
     inner.store_counters();
     // SAFETY: nobody holds references into the super page.
     unsafe { inner.media.store(CLOSED, 1) };
@@ -521,5 +525,3 @@ fn next_data(media: &Media, at: u64) -> Option<u64> {
         Some(at)
     }
 }
-
-const _: () = assert!(LOG % PAGE == 0);

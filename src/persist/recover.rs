@@ -105,7 +105,7 @@ fn is_inside(op: &Op<'_>, header: &Header) -> bool {
     let inside = |at: u64, len: u64| {
         let end = at.checked_add(len);
         let within = |low: u64, high: u64| at >= low && end.is_some_and(|end| end <= high);
-        at % 8 == 0 && (within(SUPER, SUPER + PAGE) || within(header.log_end(), header.file_len()))
+        at.is_multiple_of(8) && (within(SUPER, SUPER + PAGE) || within(header.log_end(), header.file_len()))
     };
     match *op {
         Op::Set { at, .. } | Op::SetBits { at, .. } | Op::ClearBits { at, .. } => inside(at, 8),

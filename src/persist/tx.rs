@@ -307,7 +307,7 @@ impl<'p> Transaction<'p> {
     /// An image of `len` bytes at `at` (both multiples of 8), or the place itself if the object is new. The
     /// entry is borrowed for the only reference to it.
     pub(crate) fn image(&self, opened: Opened, at: u64, len: usize) -> Result<NonNull<u8>> {
-        debug_assert!(at % 8 == 0 && len % 8 == 0 && at + len as u64 <= opened.size);
+        debug_assert!(at.is_multiple_of(8) && len.is_multiple_of(8) && at + len as u64 <= opened.size);
         let mut work = self.work.borrow_mut();
         let entry = &work.entries[opened.entry as usize];
         debug_assert!(entry.exclusive || entry.fresh.is_some());
@@ -401,9 +401,10 @@ impl<'p> Transaction<'p> {
     ) -> Result<(u32, Slot)> {
         self.pool.media.check_usable()?;
         let slot = {
-            let mut heap = self.pool.heap.lock();
-            heap.reserve(&self.pool.media, &self.pool.table, fingerprint, size, align, exact)
-                .inspect_err(|_| self.pool.note_failure())?
+            let mut books = self.pool.heap.lock();
+            let (media, table) = (&self.pool.media, &self.pool.table);
+            let reserved = books.heap.reserve(media, table, fingerprint, size, align, exact);
+            reserved.inspect_err(|_| books.failures += 1)?
         };
         let mut work = self.work.borrow_mut();
         let used = size.next_multiple_of(8) as u64;

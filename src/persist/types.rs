@@ -221,7 +221,8 @@ impl TypeInfo {
             pointers: pairs.chunks_exact(2).map(|p| Pointer { at: low(p[0]), target: p[1] }).collect(),
         };
         let reach = if info.stride == 0 { info.size } else { info.stride };
-        let inside = |p: &Pointer| p.at % 8 == 0 && p.at.checked_add(8).is_some_and(|end| end <= reach);
+        let inside =
+            |p: &Pointer| p.at.is_multiple_of(8) && p.at.checked_add(8).is_some_and(|end| end <= reach);
         (info.align.is_power_of_two() && info.pointers.iter().all(inside)).then_some(info)
     }
 }

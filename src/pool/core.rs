@@ -364,7 +364,8 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
 
     /// Walks every invariant of the engine.
     pub(super) fn check(&self) -> Result<()> {
-        let corrupt = |Broken { invariant, at }| Error::Corrupt { at: at as u64, what: invariant };
+        let corrupt =
+            |Broken { invariant, at }| Error::Corrupt { at: at as u64, what: invariant, found: None };
         self.front.with(|engine| engine.check()).map_err(corrupt)
     }
 }
