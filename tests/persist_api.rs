@@ -239,8 +239,7 @@ fn reserved_objects_vanish_unless_published() {
     let pool = folder.pool(1 << 20, Durability::ProcessCrash);
     pool.transaction(|tx| {
         let mut kept = tx.reserve::<[u64; 8]>()?;
-        let dropped = tx.reserve::<[u64; 8]>()?;
-        drop(dropped);
+        let _dropped = tx.reserve::<[u64; 8]>()?;
         let unwritten = tx.reserve::<[u64; 8]>()?;
         assert!(tx.publish(unwritten).is_err());
         kept.write([4; 8])[3] = 9;
@@ -444,7 +443,7 @@ fn raw_blocks_last_and_scratch_does_not() {
     let block =
         dynamic.allocate_with(Layout::from_size_align(1000, 256).unwrap(), AllocFlags::ZEROED).unwrap();
     let address = block.cast::<u8>();
-    assert!(block.len() >= 1000 && address.as_ptr() as usize % 256 == 0);
+    assert!(block.len() >= 1000 && (address.as_ptr() as usize).is_multiple_of(256));
     assert!(pool.owns(address) && pool.usable_size(address) == Some(block.len()));
     // SAFETY: the block is ours.
     unsafe { address.write_bytes(7, 1000) };

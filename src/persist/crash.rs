@@ -74,6 +74,10 @@ fn state(pool: &PersistentPool) -> State {
                 others.push((name, huge.iter().map(|&byte| u64::from(byte)).sum()));
             } else if let Ok(number) = r.root::<u64>(&name) {
                 others.push((name, *number));
+            } else if let Ok(text) = r.root_handle::<PString>(&name) {
+                others.push((text.as_str(r)?.to_owned(), 0));
+            } else if let Ok(numbers) = r.root_handle::<PVec<u64>>(&name) {
+                others.extend(numbers.as_slice(r)?.iter().map(|&number| (name.clone(), number)));
             }
         }
         let mut live = BTreeMap::new();
@@ -163,6 +167,54 @@ const STEPS: &[Step] = &[
             tx.remove_root("big")
         })
     },
+    |pool| {
+        pool.transaction(|tx| {
+            let text = PString::new(tx, "a text")?;
+            tx.set_root("text", &text)?;
+            let numbers = PVec::<u64>::with_capacity(tx, 20)?;
+            numbers.extend_from_slice(tx, &[1, 2, 3])?;
+            tx.set_root("numbers", &numbers)
+        })
+    },
+    // Texts and vectors grow in place, behind what they hold, and elsewhere.
+    |pool| pool.transaction(|tx| tx.root_handle::<PString>("text")?.push_str(tx, " that grows")),
+    |pool| pool.transaction(|tx| tx.root_handle::<PString>("text")?.push_str(tx, "!")),
+    |pool| {
+        pool.transaction(|tx| tx.root_handle::<PVec<u64>>("numbers")?.extend_from_slice(tx, &[4, 5, 6, 7]))
+    },
+    |pool| {
+        pool.transaction(|tx| {
+            let numbers = tx.root_handle::<PVec<u64>>("numbers")?;
+            numbers.push(tx, 8)?;
+            numbers.set(tx, 1, 20)?;
+            numbers.set(tx, 7, 80)?;
+            assert_eq!((numbers.pop(tx)?, numbers.pop(tx)?), (Some(80), Some(7)));
+            numbers.push(tx, 70)
+        })
+    },
+    |pool| {
+        pool.transaction(|tx| {
+            let numbers = tx.root_handle::<PVec<u64>>("numbers")?;
+            numbers.push(tx, 9)?;
+            if let Some(mut all) = numbers.as_mut_slice(tx)? {
+                all.iter_mut().for_each(|number| *number *= 2);
+            }
+            numbers.push(tx, 10)
+        })
+    },
+    |pool| {
+        pool.transaction(|tx| {
+            tx.root_handle::<PVec<u64>>("numbers")?.truncate(tx, 2)?;
+            tx.root_handle::<PString>("text")?.set(tx, "another text, and a longer one than before by far")
+        })
+    },
+    |pool| pool.transaction(|tx| tx.root_handle::<PVec<u64>>("numbers")?.extend_from_slice(tx, &[31; 40])),
+    |pool| {
+        pool.transaction(|tx| {
+            tx.root_handle::<PVec<u64>>("numbers")?.free(tx)?;
+            tx.remove_root("numbers")
+        })
+    },
     // What was freed is used again.
     |pool| pool.transaction(|tx| (30..40).try_for_each(|n| push(tx, n))),
     |pool| pool.transaction(|tx| (0..15).try_for_each(|_| pop(tx))),
@@ -187,7 +239,7 @@ struct Run {
 
 fn record(folder: &Folder, durability: Durability) -> Run {
     let path = folder.0.join("recorded");
-    let config = PersistentConfig::new(1 << 20).layout("crash").durability(durability);
+    let config = PersistentConfig::new(1500 << 10).layout("crash").durability(durability);
     let pool = PersistentPool::create(&path, config).unwrap();
     let base = fs::read(&path).unwrap();
     let mut run = Run { base, events: Vec::new(), ends: Vec::new(), states: vec![state(&pool)] };

@@ -9,9 +9,11 @@
 //! | `journal`, `recover` | records in the log: written, applied, applied again after a crash |
 //! | `locks`, `context`, `arena`, `tx`, `txapi` | transactions |
 //! | `read`, `ptr`, `types`, `roots` | references, pointers, what may be stored, named roots |
+//! | `array`, `vec`, `string`, `structs` | types made of them |
 //! | `inner`, `pool`, `raw` | the open pool and its handle; blocks without a type |
 
 mod arena;
+mod array;
 mod context;
 #[cfg(test)]
 mod crash;
@@ -28,17 +30,22 @@ mod raw;
 mod read;
 mod recover;
 mod roots;
+mod string;
+mod structs;
 mod table;
 #[cfg(test)]
 mod trace;
 mod tx;
 mod txapi;
 mod types;
+mod vec;
 
 pub use media::Durability;
 pub use pool::{PersistentConfig, PersistentPool};
 pub use ptr::{Handle, PBox, PRef, PRefMut};
 pub use read::{Access, ObjectInfo, Reader};
+pub use string::PString;
 pub use tx::Transaction;
 pub use txapi::Reserved;
 pub use types::{Persist, Pointers};
+pub use vec::{PVec, VecHead};

@@ -42,6 +42,8 @@ struct Entry {
     borrows: i32,
     mark: Option<Mark>,
     whole: Option<Image>,
+    /// From here on the file need not have what the image was made from.
+    all_from: u64,
 }
 
 /// A copy of words of an object.
@@ -108,7 +110,7 @@ pub(crate) struct Work {
     part_index: Index,
     fresh: Vec<Fresh>,
     /// Where existing objects were written in place, behind what they hold.
-    appended: Vec<(u64, u64)>,
+    appended: Vec<(u32, u64, u64)>,
     /// Words outside objects: heads of lists.
     heads: Vec<(u64, u64)>,
     head_locks: Vec<u64>,
@@ -242,6 +244,7 @@ impl<'p> Transaction<'p> {
                     borrows: 0,
                     mark: Some(mark),
                     whole: None,
+                    all_from: u64::MAX,
                 });
                 Ok(Opened { entry, offset, size: object.size })
             }
@@ -358,10 +361,15 @@ impl<'p> Transaction<'p> {
             unsafe { image.copy.add(inside).copy_from_nonoverlapping(part.copy, part.words) };
         }
         work.entries[opened.entry as usize].whole = Some(image);
+        // What was appended in place may change in the image: then the record writes it, and does not check it.
+        if let Some(known) = work.appended.iter().position(|known| known.0 == opened.entry) {
+            let (_, at, _) = work.appended.swap_remove(known);
+            work.entries[opened.entry as usize].all_from = at;
+        }
         image
     }
 
-    /// Forgets images of bytes of the object from `at` on, which count no more.
+    /// Forgets what is known of bytes of the object from `at` on, which count no more.
     pub(crate) fn forget_parts(&self, opened: Opened, at: u64) {
         let mut work = self.work.borrow_mut();
         let from = work.entries[opened.entry as usize].offset + at;
@@ -370,20 +378,27 @@ impl<'p> Transaction<'p> {
                 part.words = 0;
             }
         }
+        // The next transaction may write there in place, so the record must not depend on it either.
+        for (_, from, len) in work.appended.iter_mut().filter(|known| known.0 == opened.entry) {
+            *len = (*len).min(at.saturating_sub(*from));
+        }
         if let Some(whole) = &mut work.entries[opened.entry as usize].whole {
             whole.words = whole.words.min((at as usize).div_ceil(8));
         }
     }
 
-    pub(crate) fn unborrow(&self, entry: u32, exclusive: bool) {
+    pub(crate) fn unborrow(&self, number: u32, exclusive: bool) {
         // A guard that outlives a panic inside a call here finds the borrow taken; the transaction is lost
         // then anyway.
         let Ok(mut work) = self.work.try_borrow_mut() else { return };
-        let entry = &mut work.entries[entry as usize];
+        let entry = &mut work.entries[number as usize];
         if exclusive {
             entry.borrows = 0;
-            if entry.fresh.is_some() {
-                self.pool.media.touched(entry.offset, entry.size as usize);
+            let (offset, size, fresh) = (entry.offset, entry.size, entry.fresh.is_some());
+            if fresh {
+                self.pool.media.touched(offset, size as usize);
+            } else if let Some(&(_, at, len)) = work.appended.iter().find(|known| known.0 == number) {
+                self.pool.media.touched(offset + at, len as usize);
             }
         } else {
             entry.borrows -= 1;
@@ -434,14 +449,49 @@ impl<'p> Transaction<'p> {
             borrows: 0,
             mark: None,
             whole: None,
+            all_from: u64::MAX,
         });
         Opened { entry, offset: slot.offset, size: slot.size }
     }
 
-    /// Whether bytes of the object that nothing reaches yet are to be written in place: it is new, or has no
-    /// image that stands for all of it.
-    pub(crate) fn writes_in_place(&self, opened: Opened) -> bool {
-        self.work.borrow().entries[opened.entry as usize].whole.is_none()
+    /// Whether bytes of the object are to be written in place: it is new, or they are `unreached` and no image
+    /// stands for all of it.
+    pub(crate) fn writes_in_place(&self, opened: Opened, unreached: bool) -> bool {
+        let work = self.work.borrow();
+        let entry = &work.entries[opened.entry as usize];
+        entry.fresh.is_some() || (unreached && entry.whole.is_none())
+    }
+
+    /// The place of bytes of the object that nothing reaches yet, borrowed to be written.
+    pub(crate) fn place_mut(&self, opened: Opened, at: u64, len: usize) -> Result<NonNull<u8>> {
+        let mut work = self.work.borrow_mut();
+        let Work { entries, appended, .. } = &mut **work;
+        let entry = &mut entries[opened.entry as usize];
+        if entry.borrows != 0 {
+            return Err(borrowed());
+        }
+        entry.borrows = -1;
+        if entry.fresh.is_none() {
+            match appended.iter_mut().find(|known| known.0 == opened.entry) {
+                // One stretch an object: vectors grow at their end.
+                Some((_, from, bytes)) => {
+                    let end = (*from + *bytes).max(at + len as u64);
+                    *from = (*from).min(at);
+                    *bytes = end - *from;
+                }
+                None => appended.push((opened.entry, at, len as u64)),
+            }
+        }
+        Ok(self.pool.media.at(opened.offset + at, len))
+    }
+
+    /// How much of a new object counts; the rest of its slot is not looked at before it is written.
+    pub(crate) fn set_used(&self, opened: Opened, used: u64) {
+        let mut work = self.work.borrow_mut();
+        let Work { entries, fresh, .. } = &mut **work;
+        if let Some(number) = entries[opened.entry as usize].fresh {
+            fresh[number as usize].used = used;
+        }
     }
 
     /// Frees an opened object.
@@ -560,8 +610,9 @@ impl<'p> Transaction<'p> {
                 }
             }
         }
-        let written =
-            published().map(|fresh| (fresh.slot.offset, fresh.used)).chain(appended.iter().copied());
+        let written = published()
+            .map(|fresh| (fresh.slot.offset, fresh.used))
+            .chain(appended.iter().map(|&(entry, at, len)| (entries[entry as usize].offset + at, len)));
         for (at, len) in written {
             match self.pool.durability {
                 Durability::ProcessCrash => break,
@@ -577,7 +628,7 @@ impl<'p> Transaction<'p> {
         for entry in entries.iter().filter(|entry| entry.fresh.is_none()) {
             if !entry.freed {
                 if let Some(whole) = &entry.whole {
-                    log_changes(media, whole, ops);
+                    log_changes(media, whole, entry.offset.saturating_add(entry.all_from), ops);
                 }
                 continue;
             }
@@ -590,7 +641,7 @@ impl<'p> Transaction<'p> {
         for (entry, part) in parts {
             let entry = &entries[*entry as usize];
             if entry.whole.is_none() && !entry.freed {
-                log_changes(media, part, ops);
+                log_changes(media, part, u64::MAX, ops);
             }
         }
         for &(at, value) in heads.iter() {
@@ -673,11 +724,14 @@ pub(crate) fn check_value<T: Persist>(place: NonNull<u8>) -> Result<NonNull<T>> 
     Ok(value)
 }
 
-/// Logs the words of an image that differ from the file.
-fn log_changes(media: &super::media::Media, image: &Image, ops: &mut Ops) {
+/// Logs the words of an image that differ from the file, and all from offset `all_from` on.
+fn log_changes(media: &super::media::Media, image: &Image, all_from: u64, ops: &mut Ops) {
     // SAFETY: the image's words were initialised when it was made; no reference to them is left.
     let words = unsafe { core::slice::from_raw_parts(image.copy.as_ptr(), image.words) };
-    let differs = |i: usize| words[i] != media.load(image.at + i as u64 * 8);
+    let differs = |i: usize| {
+        let at = image.at + i as u64 * 8;
+        at >= all_from || words[i] != media.load(at)
+    };
     let mut i = 0;
     while i < words.len() {
         if !differs(i) {

@@ -90,6 +90,10 @@ impl Pointers {
         self.found.push(Pointer { at: (self.base + offset) as u32, target });
     }
 
+    pub(crate) fn into_found(self) -> Vec<Pointer> {
+        self.found
+    }
+
     pub(crate) fn of<T: Persist>() -> Vec<Pointer> {
         let mut pointers = Self::default();
         T::pointers(&mut pointers);
