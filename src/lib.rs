@@ -29,11 +29,10 @@ pub use base::transfer::{CopySource, CopyTarget};
 pub use heap::stats::{ClassStats, HeapStats};
 pub use manager::{Managed, ManagerStats, PoolManager, PoolSummary, allocate, allocate_in};
 pub use observe::DebugLayer;
+pub use persist::{Durability, PBox, PRef, PRefMut, Persist, PersistentConfig, PersistentPool, Transaction};
 pub use pool::{
     AnyPool, CpuPool, FixedPool, LocalFixedPool, LocalVariablePool, LockFreeFixedPool, VariablePool,
 };
-pub use persist::{Durability, PBox, PRef, PRefMut, Persist, PersistentConfig, PersistentPool, Transaction};
-pub use pool::{AnyPool, FixedPool, LocalFixedPool, LocalVariablePool, VariablePool};
 
 /// The examples of the README, compiled and run.
 #[cfg(doctest)]
