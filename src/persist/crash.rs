@@ -90,20 +90,20 @@ fn state(pool: &PersistentPool) -> State {
     .unwrap()
 }
 
-fn push(tx: &Transaction<'_>, value: u64) -> crate::Result<()> {
+fn push(tx: &Transaction<'_>, value: u64) -> crate::base::error::Result<()> {
     let next = tx.root_handle("list").unwrap_or_default();
     let node = tx.alloc(Node { value, pad: [value; 5], next })?;
     tx.set_root("list", &node)
 }
 
-fn pop(tx: &Transaction<'_>) -> crate::Result<()> {
+fn pop(tx: &Transaction<'_>) -> crate::base::error::Result<()> {
     let first = tx.root_handle::<PBox<Node>>("list")?;
     let next = tx.get(&first)?.next;
     tx.free(first)?;
     if next.is_null() { tx.remove_root("list") } else { tx.set_root("list", &next) }
 }
 
-type Step = fn(&PersistentPool) -> crate::Result<()>;
+type Step = fn(&PersistentPool) -> crate::base::error::Result<()>;
 
 /// Operations of every kind; each is one transaction, or none.
 const STEPS: &[Step] = &[
@@ -131,7 +131,7 @@ const STEPS: &[Step] = &[
             pop(tx)?;
             pop(tx)?;
             tx.alloc([1u64; 4])?;
-            Err::<(), _>(crate::Error::refused("a test", "none"))
+            Err::<(), _>(crate::base::error::Error::refused("a test", "none"))
         });
         assert!(failed.is_err());
         Ok(())
