@@ -145,6 +145,36 @@ impl Beside {
         self.chains[chain] = id;
     }
 
+    /// Cuts a block down to `size`; the rest has the same flags.
+    #[inline]
+    fn put_right(&mut self, id: Index, size: usize) -> Index {
+        let Node { start, next, .. } = *self.node(id);
+        let rest = self.take(Node { start: start + size, prev: id, next, link: [NONE; 2] });
+        self.node_mut(id).next = rest;
+        self.node_mut(next).prev = rest;
+        rest
+    }
+
+    /// Joins `right` to its left neighbour; fresh is only what was fresh in both.
+    #[inline]
+    fn join(&mut self, id: Index, right: Index) {
+        let Node { start, next, .. } = *self.node(right);
+        let node = self.node_mut(id);
+        node.start &= start | !FRESH;
+        node.next = next;
+        self.node_mut(next).prev = id;
+        self.put_back(right);
+    }
+
+    /// Marks a block of `size` bytes live; returns how many of its bytes may differ from zero.
+    #[inline]
+    fn set_live(&mut self, id: Index, size: usize) -> usize {
+        let node = self.node_mut(id);
+        let fresh = node.start & FRESH != 0;
+        node.start = (node.start & !FRESH) | LIVE;
+        if fresh { 0 } else { size }
+    }
+
     /// Nodes for one free block from `first` to `end` and its end mark; `room_for` promised them.
     fn lay(&mut self, first: usize, end: usize, zeroed: bool) -> (Index, Index) {
         let flags = if zeroed { FRESH } else { 0 };
@@ -172,6 +202,7 @@ impl Nodes for Beside {
     const NONE: Index = NONE;
     const HEAD: usize = 0;
     const MIN: usize = 16;
+    const LARGE: usize = usize::MAX;
 
     fn new(granule: usize) -> Self {
         Self {
@@ -312,51 +343,57 @@ impl Nodes for Beside {
     }
 
     #[inline(always)]
-    fn prev_free(&self, id: Index) -> Option<Index> {
+    fn prev_free(&self, id: Index) -> Option<(Index, usize)> {
         let prev = self.node(id).prev;
-        (prev != NONE && self.is_free(prev)).then_some(prev)
+        (prev != NONE && self.is_free(prev)).then(|| (prev, self.start(id) - self.start(prev)))
     }
 
     #[inline]
-    fn cut(&mut self, id: Index, size: usize) -> Index {
-        let node = *self.node(id);
-        let start = ((node.start & !FLAGS) + size) | (node.start & (LIVE | FRESH));
-        let rest = self.take(Node { start, prev: id, next: node.next, link: [NONE; 2] });
-        self.node_mut(id).next = rest;
-        self.node_mut(node.next).prev = rest;
+    fn take_low(&mut self, id: Index, whole: usize, size: usize) -> (Index, usize) {
+        let rest = if size < whole { self.put_right(id, size) } else { NONE };
+        (rest, self.set_live(id, size))
+    }
+
+    #[inline]
+    fn part(&mut self, id: Index, _: usize, low: usize) -> Index {
+        self.put_right(id, low)
+    }
+
+    #[inline]
+    fn give(
+        &mut self,
+        id: Index,
+        size: usize,
+        prev: Option<(Index, usize)>,
+        next: Option<(Index, usize)>,
+    ) -> (Index, usize) {
+        self.node_mut(id).start &= !LIVE;
+        let (mut start, mut whole) = (id, size);
+        if let Some((next, size)) = next {
+            self.join(id, next);
+            whole += size;
+        }
+        if let Some((prev, size)) = prev {
+            self.join(prev, id);
+            start = prev;
+            whole += size;
+        }
+        (start, whole)
+    }
+
+    fn split(&mut self, id: Index, size: usize) -> Index {
+        let rest = self.put_right(id, size);
+        self.node_mut(rest).start &= !NOTED;
         rest
     }
 
-    #[inline]
-    fn merge(&mut self, id: Index, right: Index) {
-        let Node { start, next, .. } = *self.node(right);
-        let node = self.node_mut(id);
-        if start & FRESH == 0 {
-            node.start &= !FRESH;
-        }
-        node.next = next;
-        self.node_mut(next).prev = id;
-        self.put_back(right);
+    fn absorb(&mut self, id: Index, right: Index) {
+        self.join(id, right);
     }
 
-    #[inline]
     fn push_border(&mut self, _: Index, right: Index, by: usize) -> Index {
         self.node_mut(right).start += by;
         right
-    }
-
-    #[inline]
-    fn set_live(&mut self, id: Index) -> usize {
-        let size = self.size(id);
-        let node = self.node_mut(id);
-        let fresh = node.start & FRESH != 0;
-        node.start = (node.start & !FRESH) | LIVE;
-        if fresh { 0 } else { size }
-    }
-
-    #[inline(always)]
-    fn set_free(&mut self, id: Index) {
-        self.node_mut(id).start &= !LIVE;
     }
 
     #[inline(always)]

@@ -19,24 +19,23 @@ pub(super) const BINS: usize = (OCTAVES + 2) * SUB;
 pub(super) const LAST: usize = BINS - 1;
 const WORDS: usize = BINS.div_ceil(64);
 
+/// How far the bins' width is from a single size, as a power of two; 0 where every size has its own.
+#[inline(always)]
+fn octave(granules: usize) -> u32 {
+    floor_log2(granules | SUB) - SUB_LOG
+}
+
 /// The bin of ranges of `granules`.
-#[inline]
+#[inline(always)]
 pub(super) fn bin_of(granules: usize) -> usize {
-    if granules < 2 * SUB {
-        return granules;
-    }
-    let octave = floor_log2(granules) - SUB_LOG;
+    let octave = octave(granules);
     (((octave as usize) << SUB_LOG) + (granules >> octave)).min(LAST)
 }
 
 /// The first bin of which every range has at least `granules`; `LAST` promises nothing.
-#[inline]
+#[inline(always)]
 pub(super) fn sure_bin(granules: usize) -> usize {
-    if granules < 2 * SUB {
-        return granules;
-    }
-    let octave = floor_log2(granules) - SUB_LOG;
-    bin_of(granules + ((1 << octave) - 1))
+    bin_of(granules + ((1 << octave(granules)) - 1))
 }
 
 /// The bins that are not empty.

@@ -161,10 +161,10 @@ impl<S: Nodes> Free<S> {
         if self.order == Order::ByAddress { 0 } else { bin_of(size >> self.shift) }
     }
 
-    /// Takes in a free block.
-    #[inline]
-    pub(super) fn insert(&mut self, store: &mut S, id: S::Id) {
-        let bin = self.bin(store.size(id));
+    /// Takes in a free block of `size` bytes.
+    #[inline(always)]
+    pub(super) fn insert(&mut self, store: &mut S, id: S::Id, size: usize) {
+        let bin = self.bin(size);
         let head = &mut self.heads[bin];
         match self.order {
             Order::Lists => {
@@ -181,10 +181,10 @@ impl<S: Nodes> Free<S> {
         self.filled.set(bin);
     }
 
-    /// Takes a free block out, while its size is still what it was.
-    #[inline]
-    pub(super) fn remove(&mut self, store: &mut S, id: S::Id) {
-        let bin = self.bin(store.size(id));
+    /// Takes out a free block of `size` bytes.
+    #[inline(always)]
+    pub(super) fn remove(&mut self, store: &mut S, id: S::Id, size: usize) {
+        let bin = self.bin(size);
         let head = &mut self.heads[bin];
         match self.order {
             Order::Lists => {
@@ -206,43 +206,69 @@ impl<S: Nodes> Free<S> {
         }
     }
 
-    /// A block for a request of no alignment beyond the granule.
-    #[inline]
-    pub(super) fn find(&self, store: &S, size: usize) -> Option<S::Id> {
-        match self.order {
+    /// Takes out the block that a request is to be cut from that needs no alignment beyond the granule.
+    #[inline(always)]
+    pub(super) fn take(&mut self, store: &mut S, size: usize) -> Option<(S::Id, usize)> {
+        let id = match self.order {
             Order::Lists => {
                 let bin = sure_bin(size >> self.shift);
-                if bin < LAST
-                    && let Some(bin) = self.filled.first_from(bin)
-                {
-                    return Some(self.heads[bin]);
-                }
-                self.scan_slow(store, size)
-            }
-            Order::BySize => {
-                let bin = bin_of(size >> self.shift);
-                if self.filled.contains(bin) {
-                    let found = smallest(store, self.heads[bin], size);
-                    if found.is_some() {
-                        return found;
+                match self.filled.first_from(bin) {
+                    Some(bin) if bin < LAST => {
+                        let id = self.heads[bin];
+                        let next = store.link(id, 1);
+                        self.heads[bin] = next;
+                        if next == S::NONE {
+                            self.filled.clear(bin);
+                        } else {
+                            store.set_link(next, 0, S::NONE);
+                        }
+                        id
                     }
+                    _ => return self.scan_slow(store, size),
                 }
-                let bin = self.filled.first_from(bin + 1)?;
-                smallest(store, self.heads[bin], 0)
             }
-            Order::ByAddress => first_fit(store, self.heads[0], None, size),
-        }
+            Order::BySize => self.take_smallest(store, size)?,
+            Order::ByAddress => {
+                let id = first_fit(store, self.heads[0], None, size)?;
+                let whole = store.size(id);
+                self.remove(store, id, whole);
+                return Some((id, whole));
+            }
+        };
+        Some((id, store.size(id)))
     }
 
-    /// The request's own bin, where a block may be too small.
+    #[inline]
+    fn take_smallest(&mut self, store: &mut S, size: usize) -> Option<S::Id> {
+        let mut bin = bin_of(size >> self.shift);
+        let mut found = None;
+        if self.filled.contains(bin) {
+            let large = |tree: &BySize<&mut S>, id| tree.0.size(id) >= size;
+            found = treap::take_first(&mut BySize(&mut *store), &mut self.heads[bin], large);
+        }
+        if found.is_none() {
+            bin = self.filled.first_from(bin + 1)?;
+            found = treap::take_first(&mut BySize(store), &mut self.heads[bin], |_, _| true);
+        }
+        if self.heads[bin] == S::NONE {
+            self.filled.clear(bin);
+        }
+        found
+    }
+
+    /// Where no bin is sure to serve, a bin may still hold a block that does: the request's own, and the last.
     #[cold]
-    fn scan_slow(&self, store: &S, size: usize) -> Option<S::Id> {
-        let mut at = self.heads[bin_of(size >> self.shift)];
-        while at != S::NONE {
-            if store.size(at) >= size {
-                return Some(at);
+    fn scan_slow(&mut self, store: &mut S, size: usize) -> Option<(S::Id, usize)> {
+        for bin in [bin_of(size >> self.shift), LAST] {
+            let mut at = self.heads[bin];
+            while at != S::NONE {
+                let whole = store.size(at);
+                if whole >= size {
+                    self.remove(store, at, whole);
+                    return Some((at, whole));
+                }
+                at = store.link(at, 1);
             }
-            at = store.link(at, 1);
         }
         None
     }

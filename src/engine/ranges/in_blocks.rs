@@ -32,7 +32,7 @@ const LIVE: u64 = 1;
 const PREV_FREE: u64 = 2;
 const FRESH: u64 = 4;
 const SIZE: u64 = (1 << 48) - 16;
-const TAG_SHIFT: u32 = 48;
+const TAG: u64 = !0 << 48;
 
 const HEAD: usize = 8;
 const MIN: usize = 32;
@@ -83,7 +83,7 @@ impl InBlocks {
 
     #[inline(always)]
     fn tag(&self, id: usize) -> u64 {
-        (id as u64 ^ self.seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) & (!0 << TAG_SHIFT)
+        (id as u64 ^ self.seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) & TAG
     }
 
     /// Writes the size of the free block behind its last byte but eight.
@@ -94,7 +94,6 @@ impl InBlocks {
     }
 
     /// From where on a free block reads as zero; its end if it has no such part.
-    #[inline]
     fn fresh_from(&self, id: usize) -> usize {
         let head = self.head(id);
         if head & FRESH != 0 {
@@ -105,7 +104,19 @@ impl InBlocks {
         }
     }
 
-    /// Notes in a free block (or one being freed) of `size` bytes from where on it reads as zero.
+    /// Makes our own words in a fresh block of `size` bytes zero, but for its head, so that it can be divided
+    /// or joined; returns from where on all is zero.
+    #[cold]
+    fn unfresh_slow(&mut self, id: usize, size: usize) -> usize {
+        let fresh = self.fresh_from(id);
+        for at in [id, id + 8, id + 16, id + size - 2 * HEAD] {
+            // SAFETY: invariants 1 and 5.
+            unsafe { write(at, 0) };
+        }
+        fresh
+    }
+
+    /// Notes in a free block of `size` bytes from where on it reads as zero.
     #[inline]
     fn set_fresh_from(&mut self, id: usize, size: usize, from: usize) {
         let from = from.max(id);
@@ -113,15 +124,6 @@ impl InBlocks {
             // SAFETY: invariant 1; the block has room for the third word.
             unsafe { write(id + 16, from as u64) };
             self.set_head(id, self.head(id) | FRESH);
-        }
-    }
-
-    /// Makes the words of a free block zero, but for its last.
-    #[inline]
-    fn wipe(&mut self, id: usize) {
-        for word in 0..3 {
-            // SAFETY: invariant 1.
-            unsafe { write(id + word * 8, 0) };
         }
     }
 
@@ -160,6 +162,7 @@ impl Nodes for InBlocks {
     const NONE: usize = 0;
     const HEAD: usize = HEAD;
     const MIN: usize = MIN;
+    const LARGE: usize = 4096;
 
     fn new(granule: usize) -> Self {
         Self { granule, seed: 0x5eed_0000_b00c, spans: 0 }
@@ -192,13 +195,10 @@ impl Nodes for InBlocks {
         let mut next = self.span_from(0);
         while let Some(Extent { span, first, end }) = next {
             let mut fresh = end;
-            if let Some(tail) = self.prev_free(end) {
-                fresh = self.fresh_from(tail);
-                if fresh < end {
-                    // The tail's own words become part of the zeroes behind `fresh`.
-                    self.wipe(tail);
-                    self.set_head(tail, 0);
-                }
+            if let Some((tail, size)) = self.prev_free(end)
+                && self.head(tail) & FRESH != 0
+            {
+                fresh = self.unfresh_slow(tail, size);
             }
             self.lay(first, end, fresh);
             visit(self, first);
@@ -244,14 +244,13 @@ impl Nodes for InBlocks {
             return None;
         }
         let next = start + size;
-        let follows = is_aligned(next, self.granule)
-            && self.head(next) & ((!0 << TAG_SHIFT) | PREV_FREE) == self.tag(next);
+        let follows = is_aligned(next, self.granule) && self.head(next) & (TAG | PREV_FREE) == self.tag(next);
         follows.then_some(start)
     }
 
     #[inline(always)]
     unsafe fn at(&self, start: usize) -> usize {
-        debug_assert!(self.head(start) & (LIVE | !0 << TAG_SHIFT) == self.tag(start) | LIVE);
+        debug_assert!(self.head(start) & (LIVE | TAG) == self.tag(start) | LIVE);
         start
     }
 
@@ -282,91 +281,108 @@ impl Nodes for InBlocks {
     }
 
     #[inline(always)]
-    fn prev_free(&self, id: usize) -> Option<usize> {
+    fn prev_free(&self, id: usize) -> Option<(usize, usize)> {
         if self.head(id) & PREV_FREE == 0 {
             return None;
         }
         // SAFETY: invariants 1 and 4.
-        Some(id - unsafe { read(id - 2 * HEAD) as usize })
+        let size = unsafe { read(id - 2 * HEAD) as usize };
+        Some((id - size, size))
+    }
+
+    #[inline(always)]
+    fn take_low(&mut self, id: usize, whole: usize, size: usize) -> (usize, usize) {
+        let head = self.head(id);
+        let fresh = if head & FRESH != 0 { self.unfresh_slow(id, whole) } else { id + whole };
+        self.set_head(id, (head & (TAG | PREV_FREE)) | size as u64 | LIVE);
+        let rest = id + size;
+        if size == whole {
+            self.set_head(rest, self.head(rest) & !PREV_FREE);
+        } else {
+            self.set_head(rest, self.tag(rest) | (whole - size) as u64);
+            self.set_foot(rest, whole - size);
+            if head & FRESH != 0 {
+                self.set_fresh_from(rest, whole - size, fresh);
+            }
+        }
+        (rest, (fresh - id).min(size - HEAD))
     }
 
     #[inline]
-    fn cut(&mut self, id: usize, size: usize) -> usize {
+    fn part(&mut self, id: usize, whole: usize, low: usize) -> usize {
         let head = self.head(id);
-        let rest = id + size;
-        let rest_size = (head & SIZE) as usize - size;
-        let fresh = if head & FRESH != 0 { self.fresh_from(id) } else { rest + rest_size };
-        self.set_head(id, (head & !SIZE) | size as u64);
-        if head & LIVE != 0 {
-            self.set_head(rest, self.tag(rest) | rest_size as u64 | LIVE);
-        } else {
-            self.set_head(rest, self.tag(rest) | rest_size as u64 | PREV_FREE);
-            self.set_foot(rest, rest_size);
-            if head & FRESH != 0 {
-                self.set_fresh_from(rest, rest_size, fresh);
-            }
+        let (high, high_size) = (id + low, whole - low);
+        let fresh = if head & FRESH != 0 { self.unfresh_slow(id, whole) } else { id + whole };
+        self.set_head(id, (head & TAG) | low as u64);
+        self.set_foot(id, low);
+        self.set_head(high, self.tag(high) | high_size as u64 | PREV_FREE);
+        self.set_foot(high, high_size);
+        if head & FRESH != 0 {
+            self.set_fresh_from(id, low, fresh);
+            self.set_fresh_from(high, high_size, fresh);
         }
+        high
+    }
+
+    #[inline(always)]
+    fn give(
+        &mut self,
+        id: usize,
+        size: usize,
+        prev: Option<(usize, usize)>,
+        next: Option<(usize, usize)>,
+    ) -> (usize, usize) {
+        let (mut start, mut whole, end) = (id, size, id + size);
+        let mut fresh = usize::MAX;
+        if let Some((next, size)) = next {
+            whole += size;
+            if self.head(next) & FRESH != 0 {
+                fresh = self.unfresh_slow(next, size);
+            }
+            // Invariant 3; and so below.
+            self.set_head(next, 0);
+        } else {
+            self.set_head(end, self.head(end) | PREV_FREE);
+        }
+        if let Some((prev, size)) = prev {
+            self.set_head(id, 0);
+            start = prev;
+            whole += size;
+        }
+        self.set_head(start, self.tag(start) | whole as u64);
+        self.set_foot(start, whole);
+        if fresh != usize::MAX {
+            self.set_fresh_from(start, whole, fresh);
+        }
+        (start, whole)
+    }
+
+    fn split(&mut self, id: usize, size: usize) -> usize {
+        let head = self.head(id);
+        let (rest, rest_size) = (id + size, (head & SIZE) - size as u64);
+        self.set_head(id, head - rest_size);
+        self.set_head(rest, self.tag(rest) | rest_size | LIVE);
         rest
     }
 
-    #[inline]
-    fn merge(&mut self, id: usize, right: usize) {
-        let size = self.size(id) + self.size(right);
-        let right_head = self.head(right);
-        self.set_head(id, (self.head(id) & !(SIZE | FRESH)) | size as u64);
-        if right_head & FRESH != 0 {
-            let fresh = self.fresh_from(right);
-            self.wipe(right);
-            self.set_fresh_from(id, size, fresh);
-        }
-        // Invariant 3.
+    fn absorb(&mut self, id: usize, right: usize) {
+        let size = self.size(right);
         self.set_head(right, 0);
+        self.set_head(id, self.head(id) + size as u64);
+        self.set_head(right + size, self.head(right + size) & !PREV_FREE);
     }
 
-    #[inline]
     fn push_border(&mut self, id: usize, right: usize, by: usize) -> usize {
-        let right_head = self.head(right);
-        let (new, new_size) = (right + by, (right_head & SIZE) as usize - by);
-        let fresh = self.fresh_from(right);
-        if right_head & FRESH != 0 {
-            // Of these words some may come to lie behind the new block's own.
-            self.wipe(right);
-        }
+        let head = self.head(right);
+        let size = (head & SIZE) as usize;
+        let fresh = if head & FRESH != 0 { self.unfresh_slow(right, size) } else { right + size };
+        let (new, new_size) = (right + by, size - by);
         self.set_head(right, 0);
         self.set_head(id, self.head(id) + by as u64);
         self.set_head(new, self.tag(new) | new_size as u64);
         self.set_foot(new, new_size);
         self.set_fresh_from(new, new_size, fresh);
         new
-    }
-
-    #[inline]
-    fn set_live(&mut self, id: usize) -> usize {
-        let head = self.head(id);
-        let size = (head & SIZE) as usize;
-        let mut dirty = size - HEAD;
-        if head & FRESH != 0 {
-            dirty = self.fresh_from(id).saturating_sub(id).min(dirty);
-            self.wipe(id);
-            // SAFETY: invariant 1: the block's last word, which may be its foot.
-            unsafe { write(id + size - 2 * HEAD, 0) };
-        }
-        self.set_head(id, (head & !FRESH) | LIVE);
-        let next = id + size;
-        self.set_head(next, self.head(next) & !PREV_FREE);
-        dirty
-    }
-
-    #[inline]
-    fn set_free(&mut self, id: usize) {
-        let head = self.head(id);
-        let size = (head & SIZE) as usize;
-        self.set_head(id, head & !LIVE);
-        if head & FRESH != 0 && (size < MIN_FRESH || self.fresh_from(id) >= id + size) {
-            self.set_head(id, head & !(LIVE | FRESH));
-        }
-        self.set_foot(id, size);
-        self.set_head(id + size, self.head(id + size) | PREV_FREE);
     }
 
     #[inline(always)]
@@ -384,7 +400,7 @@ impl Nodes for InBlocks {
     fn check(&self, id: usize) -> Result<(), &'static str> {
         let head = self.head(id);
         let size = (head & SIZE) as usize;
-        if head & (!0 << TAG_SHIFT) != self.tag(id) {
+        if head & TAG != self.tag(id) {
             return Err("in blocks 3: a block's head bears its tag");
         }
         if head & LIVE != 0 {

@@ -108,6 +108,10 @@ pub struct Ranges<S: Store> {
     free: Free<S>,
     granule: usize,
     min_rest: usize,
+    /// Whole size from which on blocks are cut from the high end.
+    high_from: usize,
+    /// Whether a user's policy is asked.
+    asks: bool,
     counts: Counts,
     capacity: usize,
     strategy: Strategy,
@@ -136,6 +140,8 @@ impl<S: Store> Ranges<S> {
             free: Free::new(order, granule),
             granule,
             min_rest: min_rest.max(S::MIN).checked_next_multiple_of(granule).unwrap_or(usize::MAX),
+            high_from: if strategy == Strategy::BestFit { S::LARGE } else { usize::MAX },
+            asks: matches!(strategy, Strategy::Custom(_)),
             counts: Counts::default(),
             capacity: 0,
             strategy,
@@ -164,41 +170,55 @@ impl<S: Store> Ranges<S> {
         if !self.store.prepare() {
             return None;
         }
-        let id = if layout.align() <= self.granule && !matches!(self.strategy, Strategy::Custom(_)) {
-            let id = self.free.find(&self.store, size)?;
-            self.free.remove(&mut self.store, id);
-            id
-        } else {
-            self.place_slow(size, layout.align())?
-        };
-        let mut whole = self.store.size(id);
-        if whole - size >= self.min_rest {
-            let rest = self.store.cut(id, size);
-            self.free.insert(&mut self.store, rest);
+        if layout.align() > self.granule || self.asks {
+            return self.cut_slow(size, layout.align());
+        }
+        let (mut id, mut whole) = self.free.take(&mut self.store, size)?;
+        if size >= self.high_from && whole - size >= self.min_rest && !self.small_behind(id) {
+            let low = id;
+            id = self.store.part(low, whole, whole - size);
+            self.free.insert(&mut self.store, low, whole - size);
             whole = size;
         }
-        let dirty = self.store.set_live(id);
-        let size = whole - S::HEAD;
-        self.counts.cut(size);
-        Some((id, Block { start: self.store.start(id), size, dirty }))
+        Some((id, self.take_low(id, whole, size)))
     }
 
-    /// Chooses a free block for an aligned request or by the user's policy, and cuts off what lies in front.
+    /// Cuts `size` bytes from the low end of the free block `id`, which is not filed any more.
+    #[inline(always)]
+    fn take_low(&mut self, id: S::Id, whole: usize, size: usize) -> Block {
+        let rest = whole - size;
+        let size = if rest < self.min_rest { whole } else { size };
+        let (low, dirty) = self.store.take_low(id, whole, size);
+        if size < whole {
+            self.free.insert(&mut self.store, low, rest);
+        }
+        self.counts.cut(size - S::HEAD);
+        Block { start: self.store.start(id), size: size - S::HEAD, dirty }
+    }
+
+    /// Whether the block behind a free block is small and thus no good neighbour for a large one.
+    #[inline]
+    fn small_behind(&self, id: S::Id) -> bool {
+        // The end mark has size 0.
+        (1..S::LARGE).contains(&self.store.size(self.store.next(id)))
+    }
+
+    /// Cuts a block for an aligned request, or where the user's policy says.
     #[cold]
-    fn place_slow(&mut self, size: usize, align: usize) -> Option<S::Id> {
+    fn cut_slow(&mut self, size: usize, align: usize) -> Option<(S::Id, Block)> {
         let want = Want { size, align: align.max(self.granule), front: self.min_rest };
         let place = match self.ask_policy(&want) {
             Some(place) => place,
             None => self.free.find_aligned_slow(&self.store, &want)?,
         };
-        self.free.remove(&mut self.store, place.id);
-        if place.skip == 0 {
-            return Some(place.id);
+        let (mut id, mut whole) = (place.id, self.store.size(place.id));
+        self.free.remove(&mut self.store, id, whole);
+        if place.skip != 0 {
+            id = self.store.part(place.id, whole, place.skip);
+            self.free.insert(&mut self.store, place.id, place.skip);
+            whole -= place.skip;
         }
-        let id = self.store.cut(place.id, place.skip);
-        self.store.set_free(place.id);
-        self.free.insert(&mut self.store, place.id);
-        Some(id)
+        Some((id, self.take_low(id, whole, size)))
     }
 
     /// What the user's policy answers, if it is any good.
@@ -239,43 +259,41 @@ impl<S: Store> Ranges<S> {
 
     /// Frees a live block that is not noted; returns its usable size.
     #[inline]
-    fn release(&mut self, mut id: S::Id) -> usize {
-        let size = self.store.size(id) - S::HEAD;
-        self.counts.freed(size);
+    fn release(&mut self, id: S::Id) -> usize {
+        let size = self.store.size(id);
+        self.counts.freed(size - S::HEAD);
+        let next = self.next_free(id);
+        if let Some((next, size)) = next {
+            self.free.remove(&mut self.store, next, size);
+        }
+        let prev = self.store.prev_free(id);
+        if let Some((prev, size)) = prev {
+            self.free.remove(&mut self.store, prev, size);
+        }
+        let (whole, whole_size) = self.store.give(id, size, prev, next);
+        self.free.insert(&mut self.store, whole, whole_size);
+        size - S::HEAD
+    }
+
+    /// The right neighbour and its size, if it is free.
+    #[inline(always)]
+    fn next_free(&self, id: S::Id) -> Option<(S::Id, usize)> {
         let next = self.store.next(id);
-        if self.store.is_free(next) {
-            self.free.remove(&mut self.store, next);
-            self.store.merge(id, next);
-        }
-        if let Some(prev) = self.store.prev_free(id) {
-            self.free.remove(&mut self.store, prev);
-            self.store.merge(prev, id);
-            id = prev;
-        }
-        self.store.set_free(id);
-        self.free.insert(&mut self.store, id);
-        size
+        if self.store.is_free(next) { Some((next, self.store.size(next))) } else { None }
     }
 
     /// Grows a live block in place to `size` usable bytes.
     fn grow_id(&mut self, id: S::Id, size: usize) -> Option<usize> {
         let (old, wanted) = (self.store.size(id), self.whole(size)?);
         if wanted > old {
-            let next = self.store.next(id);
-            if !self.store.is_free(next) {
-                return None;
-            }
-            let (more, room) = (wanted - old, self.store.size(next));
-            if more > room {
-                return None;
-            }
-            self.free.remove(&mut self.store, next);
+            let more = wanted - old;
+            let (next, room) = self.next_free(id).filter(|(_, room)| *room >= more)?;
+            self.free.remove(&mut self.store, next, room);
             if room - more >= self.min_rest {
                 let rest = self.store.push_border(id, next, more);
-                self.free.insert(&mut self.store, rest);
+                self.free.insert(&mut self.store, rest, room - more);
             } else {
-                self.store.set_live(next);
-                self.store.merge(id, next);
+                self.store.absorb(id, next);
             }
             self.counts.grown(self.store.size(id) - old);
         }
@@ -288,10 +306,9 @@ impl<S: Store> Ranges<S> {
         let Some(wanted) = self.whole(size).filter(|wanted| *wanted < old) else { return old - S::HEAD };
         let spare = old - wanted;
         // A tail too small to stand alone may still join a free neighbour.
-        let joins = self.store.is_free(self.store.next(id)) && spare >= S::MIN;
+        let joins = spare >= S::MIN && self.next_free(id).is_some();
         if (spare >= self.min_rest || joins) && self.store.prepare() {
-            let rest = self.store.cut(id, wanted);
-            // The rest counts as a live block for as long as it takes to free it.
+            let rest = self.store.split(id, wanted);
             self.counts.split(S::HEAD);
             self.release(rest);
         }
@@ -371,13 +388,14 @@ unsafe impl<S: Store> Engine for Ranges<S> {
     unsafe fn add(&mut self, span: Span) -> core::result::Result<(), Span> {
         // SAFETY: the caller's contract.
         let id = unsafe { self.store.add_span(span) }?;
-        self.capacity += self.store.size(id);
-        self.free.insert(&mut self.store, id);
+        let size = self.store.size(id);
+        self.capacity += size;
+        self.free.insert(&mut self.store, id, size);
         Ok(())
     }
 
     fn calls_out(&self) -> bool {
-        matches!(self.strategy, Strategy::Custom(_))
+        self.asks
     }
 
     fn span_len(&self, payload: usize) -> Option<usize> {
@@ -454,8 +472,9 @@ unsafe impl<S: Store> Engine for Ranges<S> {
                 && self.store.next(extent.first) == extent.end
         };
         let extent = self.spans().find(idle)?;
-        self.free.remove(&mut self.store, extent.first);
-        self.capacity -= self.store.size(extent.first);
+        let size = self.store.size(extent.first);
+        self.free.remove(&mut self.store, extent.first, size);
+        self.capacity -= size;
         self.store.remove_span(&extent);
         Some(Span { zeroed: false, ..extent.span })
     }
@@ -463,7 +482,10 @@ unsafe impl<S: Store> Engine for Ranges<S> {
     unsafe fn reset(&mut self) {
         self.free.clear();
         let free = &mut self.free;
-        self.store.reset(|store, id| free.insert(store, id));
+        self.store.reset(|store, id| {
+            let size = store.size(id);
+            free.insert(store, id, size);
+        });
         self.counts.reset();
     }
 

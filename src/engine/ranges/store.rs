@@ -39,6 +39,8 @@ pub(crate) trait Nodes: Send + Sized + fmt::Debug {
     const HEAD: usize;
     /// The smallest whole size of a block.
     const MIN: usize;
+    /// Whole size from which on best fit cuts from the high end.
+    const LARGE: usize;
 
     /// An empty store whose blocks start at multiples of `granule`.
     fn new(granule: usize) -> Self;
@@ -59,7 +61,7 @@ pub(crate) trait Nodes: Send + Sized + fmt::Debug {
     /// The first span that starts at `address` or behind it.
     fn span_from(&self, address: usize) -> Option<Extent<Self::Id>>;
 
-    /// Sees to it that the next two `cut`s succeed; whether it could.
+    /// Sees to it that the next two blocks can be cut; whether it could.
     fn prepare(&mut self) -> bool;
 
     /// The live block that starts at `start`; `None` where none does, as far as can be told without reading
@@ -83,22 +85,34 @@ pub(crate) trait Nodes: Send + Sized + fmt::Debug {
     fn is_free(&self, id: Self::Id) -> bool;
     /// The block, or end mark, to the right.
     fn next(&self, id: Self::Id) -> Self::Id;
-    /// The block to the left, if it is free.
-    fn prev_free(&self, id: Self::Id) -> Option<Self::Id>;
+    /// The block to the left and its size, if it is free.
+    fn prev_free(&self, id: Self::Id) -> Option<(Self::Id, usize)>;
 
-    /// Cuts a block down to `size`; returns the rest, which is free or live as the block is. `prepare` must
-    /// have promised room, and both parts have at least `MIN` bytes.
-    fn cut(&mut self, id: Self::Id, size: usize) -> Self::Id;
-    /// Joins `right` to its left neighbour `id`. One of `set_live` and `set_free` must follow for `id`, unless
-    /// both are live.
-    fn merge(&mut self, id: Self::Id, right: Self::Id);
-    /// Moves the border between the live `id` and its free right neighbour by `by` bytes to the right, and
-    /// returns that neighbour under its new name; `by` bytes and `MIN` more are there.
+    /// Makes the lowest `size` bytes of the free block `id` of `whole` bytes a live block; what remains, if `size`
+    /// is less than `whole`, is a free block. Returns that (if any), and how many leading bytes of the live
+    /// block may differ from zero. `prepare` must have promised room.
+    fn take_low(&mut self, id: Self::Id, whole: usize, size: usize) -> (Self::Id, usize);
+    /// Divides the free block `id` of `whole` bytes at `low` bytes; returns the second, free too. One of them
+    /// must be taken before anything else. `prepare` must have promised room.
+    fn part(&mut self, id: Self::Id, whole: usize, low: usize) -> Self::Id;
+    /// Makes one free block of the live `id` and its free neighbours, given with their sizes; returns it with
+    /// its size.
+    fn give(
+        &mut self,
+        id: Self::Id,
+        size: usize,
+        prev: Option<(Self::Id, usize)>,
+        next: Option<(Self::Id, usize)>,
+    ) -> (Self::Id, usize);
+
+    /// Cuts a live block down to `size`; returns the rest, which is live too. `prepare` must have promised
+    /// room.
+    fn split(&mut self, id: Self::Id, size: usize) -> Self::Id;
+    /// Adds the free right neighbour to the live block `id`.
+    fn absorb(&mut self, id: Self::Id, right: Self::Id);
+    /// Moves the border between the live block `id` and its free right neighbour by `by` bytes to the right,
+    /// and returns that neighbour under its new name. It keeps at least `MIN` bytes.
     fn push_border(&mut self, id: Self::Id, right: Self::Id, by: usize) -> Self::Id;
-    /// Marks a free block as live; returns how many of its leading bytes may differ from zero.
-    fn set_live(&mut self, id: Self::Id) -> usize;
-    /// Marks a block as free.
-    fn set_free(&mut self, id: Self::Id);
 
     /// A link of a free block, for the free lists and trees.
     fn link(&self, id: Self::Id, side: usize) -> Self::Id;

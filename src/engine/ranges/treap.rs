@@ -29,6 +29,7 @@ pub(super) trait Tree: View {
 }
 
 /// A link of a tree: where a subtree hangs.
+#[derive(Clone, Copy)]
 struct Hook<I> {
     /// The node and side; the root where there is none.
     at: Option<(I, usize)>,
@@ -81,6 +82,38 @@ pub(super) fn remove<T: Tree>(tree: &mut T, root: &mut T::Id, node: T::Id) {
         hook = Hook { at: Some((at, side)) };
         at = tree.child(at, side);
     }
+    unhook(tree, root, hook, node);
+}
+
+/// Takes the first node in order for which `at_least` holds out of the tree; it must hold for every node behind
+/// one for which it holds.
+#[inline]
+pub(super) fn take_first<T: Tree>(
+    tree: &mut T,
+    root: &mut T::Id,
+    at_least: impl Fn(&T, T::Id) -> bool,
+) -> Option<T::Id> {
+    let mut best = None;
+    let mut hook = Hook { at: None };
+    let mut at = *root;
+    while at != T::NONE {
+        if at_least(tree, at) {
+            best = Some((at, hook));
+            hook = Hook { at: Some((at, 0)) };
+            at = tree.child(at, 0);
+        } else {
+            hook = Hook { at: Some((at, 1)) };
+            at = tree.child(at, 1);
+        }
+    }
+    let (node, hook) = best?;
+    unhook(tree, root, hook, node);
+    Some(node)
+}
+
+/// Hangs the children of `node` in its place.
+#[inline]
+fn unhook<T: Tree>(tree: &mut T, root: &mut T::Id, mut hook: Hook<T::Id>, node: T::Id) {
     let (mut left, mut right) = (tree.child(node, 0), tree.child(node, 1));
     while left != T::NONE && right != T::NONE {
         if tree.above(left, right) {
