@@ -111,7 +111,8 @@ impl MemoryStats {
 
     /// The bucket of [`size_histogram`](Self::size_histogram) that counts requests of `size` bytes.
     pub const fn bucket(size: usize) -> usize {
-        let bits = usize::BITS - (size.saturating_sub(1) >> 4).leading_zeros();
+        // 16 bytes and less are bucket 0; the `| 15` leaves no special case.
+        let bits = (size.saturating_sub(1) | 15).ilog2() - 3;
         if (bits as usize) < HISTOGRAM_BUCKETS { bits as usize } else { HISTOGRAM_BUCKETS - 1 }
     }
 }

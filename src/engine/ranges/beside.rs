@@ -15,6 +15,7 @@
 //! The table grows by a sixteenth at a time; where no memory is to be had, allocation fails and nothing is lost.
 //! Frees need no memory.
 
+use super::bins::MAX_SIZE;
 use super::store::{Extent, Nodes, Store};
 use super::treap::scatter;
 use crate::base::bits::{round_down, round_up};
@@ -81,7 +82,7 @@ impl Beside {
 
     /// A node; `room_for` promised one.
     #[inline]
-    fn take(&mut self, node: Node) -> Index {
+    fn new_node(&mut self, node: Node) -> Index {
         self.len += 1;
         let id = self.unused;
         if id == NONE {
@@ -149,7 +150,7 @@ impl Beside {
     #[inline]
     fn put_right(&mut self, id: Index, size: usize) -> Index {
         let Node { start, next, .. } = *self.node(id);
-        let rest = self.take(Node { start: start + size, prev: id, next, link: [NONE; 2] });
+        let rest = self.new_node(Node { start: start + size, prev: id, next, link: [NONE; 2] });
         self.node_mut(id).next = rest;
         self.node_mut(next).prev = rest;
         rest
@@ -166,20 +167,11 @@ impl Beside {
         self.put_back(right);
     }
 
-    /// Marks a block of `size` bytes live; returns how many of its bytes may differ from zero.
-    #[inline]
-    fn set_live(&mut self, id: Index, size: usize) -> usize {
-        let node = self.node_mut(id);
-        let fresh = node.start & FRESH != 0;
-        node.start = (node.start & !FRESH) | LIVE;
-        if fresh { 0 } else { size }
-    }
-
     /// Nodes for one free block from `first` to `end` and its end mark; `room_for` promised them.
     fn lay(&mut self, first: usize, end: usize, zeroed: bool) -> (Index, Index) {
         let flags = if zeroed { FRESH } else { 0 };
-        let block = self.take(Node { start: first | flags, prev: NONE, next: NONE, link: [NONE; 2] });
-        let mark = self.take(Node { start: end | LIVE, prev: block, next: NONE, link: [NONE; 2] });
+        let block = self.new_node(Node { start: first | flags, prev: NONE, next: NONE, link: [NONE; 2] });
+        let mark = self.new_node(Node { start: end | LIVE, prev: block, next: NONE, link: [NONE; 2] });
         self.node_mut(block).next = mark;
         (block, mark)
     }
@@ -223,7 +215,7 @@ impl Nodes for Beside {
     unsafe fn add_span(&mut self, span: Span) -> Result<Index, Span> {
         let first = round_up(span.start, self.granule).ok_or(span)?;
         let end = round_down(span.start.checked_add(span.len).ok_or(span)?, self.granule);
-        if first >= end || !self.room_for(2) || self.spans.try_reserve(1).is_err() {
+        if first >= end || end - first > MAX_SIZE || !self.room_for(2) || self.spans.try_reserve(1).is_err() {
             return Err(span);
         }
         let (block, mark) = self.lay(first, end, span.zeroed);
@@ -349,9 +341,17 @@ impl Nodes for Beside {
     }
 
     #[inline]
-    fn take_low(&mut self, id: Index, whole: usize, size: usize) -> (Index, usize) {
-        let rest = if size < whole { self.put_right(id, size) } else { NONE };
-        (rest, self.set_live(id, size))
+    fn take(&mut self, id: Index, whole: usize) -> usize {
+        let node = self.node_mut(id);
+        let fresh = node.start & FRESH != 0;
+        node.start = (node.start & !FRESH) | LIVE;
+        if fresh { 0 } else { whole }
+    }
+
+    #[inline]
+    fn take_low(&mut self, id: Index, _: usize, size: usize) -> (Index, usize) {
+        let rest = self.put_right(id, size);
+        (rest, self.take(id, size))
     }
 
     #[inline]
@@ -363,22 +363,24 @@ impl Nodes for Beside {
     fn give(
         &mut self,
         id: Index,
-        size: usize,
-        prev: Option<(Index, usize)>,
-        next: Option<(Index, usize)>,
+        mut whole: usize,
+        mut unlink: impl FnMut(&mut Self, Index, usize),
     ) -> (Index, usize) {
         self.node_mut(id).start &= !LIVE;
-        let (mut start, mut whole) = (id, size);
-        if let Some((next, size)) = next {
+        let Node { prev, next, .. } = *self.node(id);
+        if self.is_free(next) {
+            let size = self.size(next);
+            unlink(self, next, size);
             self.join(id, next);
             whole += size;
         }
-        if let Some((prev, size)) = prev {
+        if prev != NONE && self.is_free(prev) {
+            let size = self.start(id) - self.start(prev);
+            unlink(self, prev, size);
             self.join(prev, id);
-            start = prev;
-            whole += size;
+            return (prev, whole + size);
         }
-        (start, whole)
+        (id, whole)
     }
 
     fn split(&mut self, id: Index, size: usize) -> Index {

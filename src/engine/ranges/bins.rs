@@ -1,41 +1,41 @@
 //! Which bin holds which sizes, and which bins hold anything.
 //!
-//! Sizes are counted in granules. Up to `2 * SUB` granules every size has a bin of its own; above, each power
-//! of two is divided into `SUB` bins, so the sizes of one bin differ by less than a part in `SUB`. The last
-//! bin holds all that is larger still.
-
-use crate::base::bits::floor_log2;
+//! Sizes are counted in units of 16 bytes, the smallest granule. Up to `SUB` units every size has a bin of its
+//! own; above, each power of two is divided into `SUB` bins, so the sizes of one bin differ by less than two
+//! parts in `SUB`, and soon by less than one.
 
 /// Logarithm of `SUB`.
 const SUB_LOG: u32 = 5;
 /// Bins in each power of two.
 const SUB: usize = 1 << SUB_LOG;
-/// Powers of two above the exact bins: sizes up to 2^38 granules, 4 TiB in granules of 16 bytes.
-const OCTAVES: usize = 32;
+/// Logarithm of the unit.
+const UNIT_LOG: u32 = 4;
 
+/// No block is larger than this.
+pub(super) const MAX_SIZE: usize = 1 << if usize::BITS == 64 { 47 } else { usize::BITS - 1 };
+
+const WORDS: usize = (bin_of(MAX_SIZE) + 1) / 64 + 1;
 /// Number of bins.
-pub(super) const BINS: usize = (OCTAVES + 2) * SUB;
-/// The last bin, whose sizes have no upper limit.
-pub(super) const LAST: usize = BINS - 1;
-const WORDS: usize = BINS.div_ceil(64);
+pub(super) const BINS: usize = WORDS * 64;
 
-/// How far the bins' width is from a single size, as a power of two; 0 where every size has its own.
+/// The bin of a block of `size` bytes.
+///
+/// With `SUB` units added, exponent and first bits of the mantissa of the size as a floating-point number count
+/// the bins from one place on. Sizes are below 2^53 units, so the conversion is exact; it costs less than
+/// counting leading zeros and shifting twice.
 #[inline(always)]
-fn octave(granules: usize) -> u32 {
-    floor_log2(granules | SUB) - SUB_LOG
+pub(super) const fn bin_of(size: usize) -> usize {
+    let units = (size >> UNIT_LOG) + SUB;
+    let place = (units as i64 as f64).to_bits() >> (52 - SUB_LOG);
+    const FIRST: usize = ((SUB as f64).to_bits() >> (52 - SUB_LOG)) as usize;
+    place as usize - FIRST
 }
 
-/// The bin of ranges of `granules`.
+/// The first bin of which every block has at least `size` bytes, `size` being a multiple of 16.
 #[inline(always)]
-pub(super) fn bin_of(granules: usize) -> usize {
-    let octave = octave(granules);
-    (((octave as usize) << SUB_LOG) + (granules >> octave)).min(LAST)
-}
-
-/// The first bin of which every range has at least `granules`; `LAST` promises nothing.
-#[inline(always)]
-pub(super) fn sure_bin(granules: usize) -> usize {
-    bin_of(granules + ((1 << octave(granules)) - 1))
+pub(super) const fn sure_bin(size: usize) -> usize {
+    // The bin behind that of the next smaller size, whether or not that is where this size lies.
+    bin_of(size - (1 << UNIT_LOG)) + 1
 }
 
 /// The bins that are not empty.
@@ -53,32 +53,43 @@ impl Filled {
 
     #[inline]
     pub(super) fn set(&mut self, bin: usize) {
-        self.words[bin / 64] |= 1 << (bin % 64);
+        *self.word_mut(bin / 64) |= 1 << (bin % 64);
         self.summary |= 1 << (bin / 64);
     }
 
     #[inline]
     pub(super) fn clear(&mut self, bin: usize) {
-        let word = &mut self.words[bin / 64];
+        let word = self.word_mut(bin / 64);
         *word &= !(1 << (bin % 64));
         if *word == 0 {
             self.summary &= !(1 << (bin / 64));
         }
     }
 
-    #[inline]
-    pub(super) fn contains(&self, bin: usize) -> bool {
-        self.words[bin / 64] & (1 << (bin % 64)) != 0
+    #[inline(always)]
+    fn word(&self, word: usize) -> u64 {
+        debug_assert!(word < WORDS);
+        // SAFETY: bins are below `BINS`, which is `WORDS * 64`, and bits of the summary below `WORDS`.
+        unsafe { *self.words.get_unchecked(word) }
     }
 
-    /// The first bin from `bin` on that holds something.
+    #[inline(always)]
+    fn word_mut(&mut self, word: usize) -> &mut u64 {
+        debug_assert!(word < WORDS);
+        // SAFETY: as in `word`.
+        unsafe { self.words.get_unchecked_mut(word) }
+    }
+
+    #[inline]
+    pub(super) fn contains(&self, bin: usize) -> bool {
+        self.word(bin / 64) & (1 << (bin % 64)) != 0
+    }
+
+    /// The first bin from `bin`, which is below `BINS`, on that holds something.
     #[inline]
     pub(super) fn first_from(&self, bin: usize) -> Option<usize> {
         let word = bin / 64;
-        if word >= WORDS {
-            return None;
-        }
-        let here = self.words[word] & (!0 << (bin % 64));
+        let here = self.word(word) & (!0 << (bin % 64));
         if here != 0 {
             return Some(word * 64 + here.trailing_zeros() as usize);
         }
@@ -88,7 +99,7 @@ impl Filled {
             return None;
         }
         let word = above.trailing_zeros() as usize;
-        Some(word * 64 + self.words.get(word)?.trailing_zeros() as usize)
+        Some(word * 64 + self.word(word).trailing_zeros() as usize)
     }
 
     /// The last bin that holds something.
@@ -111,37 +122,35 @@ mod tests {
 
     #[test]
     fn bins_ascend_and_sure_bins_are_sure() {
-        let sizes = (1..5000).chain((6..40).flat_map(|log| {
+        let units = (1..5000).chain((6..43).flat_map(|log| {
             let base = 1_usize << log;
             [base - 1, base, base + 1, base + base / 3, base + base / 32 * 31]
         }));
-        for size in sizes {
+        for size in units.map(|units| units * 16 + 16) {
             let bin = bin_of(size);
-            assert!(bin_of(size + 1) >= bin && bin_of(size + 1) <= bin + 1);
+            assert!(bin_of(size + 16) >= bin && bin_of(size + 16) <= bin + 1);
             let sure = sure_bin(size);
             assert!(sure == bin || sure == bin + 1);
-            // Nothing smaller lies in the sure bin.
-            assert!(sure == LAST || bin_of(size - 1) < sure, "{size}");
+            assert!(bin_of(size - 16) < sure, "{size}: nothing smaller lies in its sure bin");
         }
-        assert_eq!(bin_of(usize::MAX >> 4), LAST);
+        assert!(bin_of(MAX_SIZE) < BINS && sure_bin(MAX_SIZE) < BINS);
     }
 
     #[test]
     fn finds_the_first_filled_bin() {
         let mut filled = Filled::new();
         assert_eq!((filled.first_from(0), filled.last()), (None, None));
-        for bin in [3, 64, 700, LAST] {
+        for bin in [3, 64, 700, BINS - 1] {
             filled.set(bin);
         }
         assert!(filled.consistent() && filled.contains(64) && !filled.contains(65));
         assert_eq!(filled.first_from(0), Some(3));
         assert_eq!(filled.first_from(4), Some(64));
         assert_eq!(filled.first_from(65), Some(700));
-        assert_eq!(filled.first_from(701), Some(LAST));
-        assert_eq!(filled.last(), Some(LAST));
-        filled.clear(LAST);
+        assert_eq!(filled.first_from(701), Some(BINS - 1));
+        assert_eq!(filled.last(), Some(BINS - 1));
+        filled.clear(BINS - 1);
         assert_eq!((filled.first_from(701), filled.last()), (None, Some(700)));
-        assert_eq!(filled.first_from(BINS + 64), None);
         assert!(filled.consistent());
     }
 }

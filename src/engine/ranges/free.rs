@@ -10,7 +10,7 @@
 //! 2. `filled` has the bit of a bin set exactly if its head is a block.
 //! 3. Lists are linked both ways; trees keep the invariants of their kind.
 
-use super::bins::{BINS, Filled, LAST, bin_of, sure_bin};
+use super::bins::{BINS, Filled, MAX_SIZE, bin_of, sure_bin};
 use super::store::Nodes;
 use core::ops::{Deref, DerefMut};
 
@@ -60,7 +60,6 @@ impl Want {
 #[derive(Debug)]
 pub(super) struct Free<S: Nodes> {
     order: Order,
-    shift: u32,
     filled: Filled,
     heads: [S::Id; BINS],
 }
@@ -147,8 +146,8 @@ fn smallest<S: Nodes>(store: &S, root: S::Id, size: usize) -> Option<S::Id> {
 }
 
 impl<S: Nodes> Free<S> {
-    pub(super) fn new(order: Order, granule: usize) -> Self {
-        Self { order, shift: granule.trailing_zeros(), filled: Filled::new(), heads: [S::NONE; BINS] }
+    pub(super) fn new(order: Order) -> Self {
+        Self { order, filled: Filled::new(), heads: [S::NONE; BINS] }
     }
 
     pub(super) fn clear(&mut self) {
@@ -156,119 +155,142 @@ impl<S: Nodes> Free<S> {
         self.heads = [S::NONE; BINS];
     }
 
-    #[inline]
+    /// The bin of a block of `size` bytes.
+    #[inline(always)]
     fn bin(&self, size: usize) -> usize {
-        if self.order == Order::ByAddress { 0 } else { bin_of(size >> self.shift) }
+        if self.order == Order::ByAddress { 0 } else { bin_of(size) }
+    }
+
+    #[inline(always)]
+    fn head(&mut self, bin: usize) -> &mut S::Id {
+        debug_assert!(bin < BINS);
+        // SAFETY: no block is larger than `MAX_SIZE`, whose bins are below `BINS`.
+        unsafe { self.heads.get_unchecked_mut(bin) }
+    }
+
+    /// Whether the free blocks are in lists, for which there are short ways.
+    #[inline(always)]
+    pub(super) fn lists(&self) -> bool {
+        self.order == Order::Lists
+    }
+
+    /// `insert` for lists.
+    #[inline(always)]
+    pub(super) fn push(&mut self, store: &mut S, id: S::Id, size: usize) {
+        debug_assert!(self.order == Order::Lists);
+        let bin = bin_of(size);
+        let head = core::mem::replace(self.head(bin), id);
+        store.set_link(id, 0, S::NONE);
+        store.set_link(id, 1, head);
+        if head == S::NONE {
+            self.filled.set(bin);
+        } else {
+            store.set_link(head, 0, id);
+        }
     }
 
     /// Takes in a free block of `size` bytes.
-    #[inline(always)]
     pub(super) fn insert(&mut self, store: &mut S, id: S::Id, size: usize) {
         let bin = self.bin(size);
-        let head = &mut self.heads[bin];
-        match self.order {
-            Order::Lists => {
-                store.set_link(id, 0, S::NONE);
-                store.set_link(id, 1, *head);
-                if *head != S::NONE {
-                    store.set_link(*head, 0, id);
-                }
-                *head = id;
-            }
-            Order::BySize => treap::insert(&mut BySize(store), head, id),
-            Order::ByAddress => treap::insert(&mut ByAddress(store), head, id),
-        }
         self.filled.set(bin);
+        match self.order {
+            Order::Lists => self.push(store, id, size),
+            Order::ByAddress => treap::insert(&mut ByAddress(store), self.head(bin), id),
+            Order::BySize => treap::insert(&mut BySize(store), self.head(bin), id),
+        }
+    }
+
+    /// `remove` for lists.
+    #[inline(always)]
+    pub(super) fn unlink(&mut self, store: &mut S, id: S::Id, size: usize) {
+        debug_assert!(self.order == Order::Lists);
+        let (left, right) = (store.link(id, 0), store.link(id, 1));
+        if right != S::NONE {
+            store.set_link(right, 0, left);
+        }
+        if left != S::NONE {
+            store.set_link(left, 1, right);
+            return;
+        }
+        // The first of its list.
+        let bin = bin_of(size);
+        *self.head(bin) = right;
+        if right == S::NONE {
+            self.filled.clear(bin);
+        }
     }
 
     /// Takes out a free block of `size` bytes.
-    #[inline(always)]
     pub(super) fn remove(&mut self, store: &mut S, id: S::Id, size: usize) {
         let bin = self.bin(size);
-        let head = &mut self.heads[bin];
         match self.order {
-            Order::Lists => {
-                let (left, right) = (store.link(id, 0), store.link(id, 1));
-                if right != S::NONE {
-                    store.set_link(right, 0, left);
-                }
-                if left != S::NONE {
-                    store.set_link(left, 1, right);
-                    return;
-                }
-                *head = right;
-            }
-            Order::BySize => treap::remove(&mut BySize(store), head, id),
-            Order::ByAddress => treap::remove(&mut ByAddress(store), head, id),
+            Order::Lists => return self.unlink(store, id, size),
+            Order::ByAddress => treap::remove(&mut ByAddress(store), self.head(bin), id),
+            Order::BySize => treap::remove(&mut BySize(store), self.head(bin), id),
         }
-        if *head == S::NONE {
+        self.note_empty(bin);
+    }
+
+    #[inline(always)]
+    fn note_empty(&mut self, bin: usize) {
+        if *self.head(bin) == S::NONE {
             self.filled.clear(bin);
         }
     }
 
-    /// Takes out the block that a request is to be cut from that needs no alignment beyond the granule.
+    /// `take` for lists.
     #[inline(always)]
-    pub(super) fn take(&mut self, store: &mut S, size: usize) -> Option<(S::Id, usize)> {
-        let id = match self.order {
-            Order::Lists => {
-                let bin = sure_bin(size >> self.shift);
-                match self.filled.first_from(bin) {
-                    Some(bin) if bin < LAST => {
-                        let id = self.heads[bin];
-                        let next = store.link(id, 1);
-                        self.heads[bin] = next;
-                        if next == S::NONE {
-                            self.filled.clear(bin);
-                        } else {
-                            store.set_link(next, 0, S::NONE);
-                        }
-                        id
-                    }
-                    _ => return self.scan_slow(store, size),
-                }
-            }
-            Order::BySize => self.take_smallest(store, size)?,
-            Order::ByAddress => {
-                let id = first_fit(store, self.heads[0], None, size)?;
-                let whole = store.size(id);
-                self.remove(store, id, whole);
-                return Some((id, whole));
-            }
-        };
+    pub(super) fn pop(&mut self, store: &mut S, size: usize) -> Option<(S::Id, usize)> {
+        debug_assert!(self.order == Order::Lists);
+        let Some(bin) = self.filled.first_from(sure_bin(size)) else { return self.scan_slow(store, size) };
+        let id = *self.head(bin);
+        let next = store.link(id, 1);
+        *self.head(bin) = next;
+        if next == S::NONE {
+            self.filled.clear(bin);
+        } else {
+            store.set_link(next, 0, S::NONE);
+        }
         Some((id, store.size(id)))
     }
 
-    #[inline]
-    fn take_smallest(&mut self, store: &mut S, size: usize) -> Option<S::Id> {
-        let mut bin = bin_of(size >> self.shift);
+    /// Takes out the block that a request is to be cut from that needs no alignment beyond the granule; returns
+    /// its size too.
+    pub(super) fn take(&mut self, store: &mut S, size: usize) -> Option<(S::Id, usize)> {
+        if self.lists() {
+            return self.pop(store, size);
+        }
+        if self.order == Order::ByAddress {
+            let id = first_fit(store, self.heads[0], None, size)?;
+            let whole = store.size(id);
+            self.remove(store, id, whole);
+            return Some((id, whole));
+        }
+        let mut bin = bin_of(size);
         let mut found = None;
         if self.filled.contains(bin) {
             let large = |tree: &BySize<&mut S>, id| tree.0.size(id) >= size;
-            found = treap::take_first(&mut BySize(&mut *store), &mut self.heads[bin], large);
+            found = treap::take_first(&mut BySize(&mut *store), self.head(bin), large);
         }
         if found.is_none() {
             bin = self.filled.first_from(bin + 1)?;
-            found = treap::take_first(&mut BySize(store), &mut self.heads[bin], |_, _| true);
+            found = treap::take_first(&mut BySize(&mut *store), self.head(bin), |_, _| true);
         }
-        if self.heads[bin] == S::NONE {
-            self.filled.clear(bin);
-        }
-        found
+        self.note_empty(bin);
+        found.map(|id| (id, store.size(id)))
     }
 
-    /// Where no bin is sure to serve, a bin may still hold a block that does: the request's own, and the last.
+    /// Where no bin is sure to serve, the request's own may still hold a block that does.
     #[cold]
     fn scan_slow(&mut self, store: &mut S, size: usize) -> Option<(S::Id, usize)> {
-        for bin in [bin_of(size >> self.shift), LAST] {
-            let mut at = self.heads[bin];
-            while at != S::NONE {
-                let whole = store.size(at);
-                if whole >= size {
-                    self.remove(store, at, whole);
-                    return Some((at, whole));
-                }
-                at = store.link(at, 1);
+        let mut at = *self.head(bin_of(size));
+        while at != S::NONE {
+            let whole = store.size(at);
+            if whole >= size {
+                self.remove(store, at, whole);
+                return Some((at, whole));
             }
+            at = store.link(at, 1);
         }
         None
     }
@@ -279,9 +301,8 @@ impl<S: Nodes> Free<S> {
         if self.order == Order::Lists {
             // A block of this size can be cut wherever it lies.
             let sure = want.size.checked_add(want.front + want.align)?;
-            let bin = sure_bin(sure >> self.shift);
-            if bin < LAST
-                && let Some(bin) = self.filled.first_from(bin)
+            if sure <= MAX_SIZE
+                && let Some(bin) = self.filled.first_from(sure_bin(sure))
             {
                 return want.place(store, self.heads[bin]);
             }

@@ -7,7 +7,7 @@
 //!  span end  | head, size 0                         (a block of size 32: link 0, link 1, size)
 //!  span      | start | length | left | right |      padding      | head of the first block
 //!
-//!  head: bits 63..48 tag | 47..4 size | 3 unused | 2 FRESH | 1 PREV_FREE | 0 LIVE
+//!  head: bits 63..16 size | 15..3 tag | 2 FRESH | 1 PREV_FREE | 0 LIVE
 //! ```
 //!
 //! 1. Every word named above lies in a span, which its adder left to us, is aligned to 8, and is written
@@ -15,7 +15,7 @@
 //! 2. An `Id` is the start of a block whose head is in place; 0 is none.
 //! 3. The tag is a hash of the head's address and the seed. A head that ends (its block was merged) is
 //!    overwritten, so a head with the right tag is one that we wrote for a block that is still there, but for
-//!    one chance in 65536 and contents forged on purpose.
+//!    one chance in 8192 and contents forged on purpose.
 //! 4. `PREV_FREE` says that the left neighbour is free; its size then stands right in front of the head, in
 //!    the same 16 bytes. So coalescing to both sides touches two lines besides those of the free lists.
 //! 5. `FRESH` says of a free block of at least 48 bytes that everything from the address in its third word on
@@ -23,6 +23,7 @@
 
 use core::ptr;
 
+use super::bins::MAX_SIZE;
 use super::store::{Extent, Nodes, Store};
 use super::treap::{self, Tree, View};
 use crate::base::bits::{is_aligned, round_down, round_up};
@@ -31,8 +32,8 @@ use crate::engine::Span;
 const LIVE: u64 = 1;
 const PREV_FREE: u64 = 2;
 const FRESH: u64 = 4;
-const SIZE: u64 = (1 << 48) - 16;
-const TAG: u64 = !0 << 48;
+const TAG: u64 = 0xfff8;
+const SIZE_SHIFT: u32 = 16;
 
 const HEAD: usize = 8;
 const MIN: usize = 32;
@@ -66,6 +67,18 @@ unsafe fn write(at: usize, word: u64) {
     unsafe { *ptr::with_exposed_provenance_mut::<u64>(at) = word }
 }
 
+/// The size in a head.
+#[inline(always)]
+fn size_in(head: u64) -> usize {
+    (head >> SIZE_SHIFT) as usize
+}
+
+/// A size as a head holds it.
+#[inline(always)]
+fn sized(size: usize) -> u64 {
+    (size as u64) << SIZE_SHIFT
+}
+
 impl Store for InBlocks {}
 
 impl InBlocks {
@@ -83,7 +96,7 @@ impl InBlocks {
 
     #[inline(always)]
     fn tag(&self, id: usize) -> u64 {
-        (id as u64 ^ self.seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) & TAG
+        ((id as u64 ^ self.seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) & TAG
     }
 
     /// Writes the size of the free block behind its last byte but eight.
@@ -100,7 +113,7 @@ impl InBlocks {
             // SAFETY: invariants 1 and 5.
             unsafe { read(id + 16) as usize }
         } else {
-            id + (head & SIZE) as usize
+            id + size_in(head)
         }
     }
 
@@ -114,6 +127,24 @@ impl InBlocks {
             unsafe { write(at, 0) };
         }
         fresh
+    }
+
+    /// `take` of a fresh block, its right neighbour already told.
+    #[cold]
+    fn take_fresh_slow(&mut self, id: usize, whole: usize) -> usize {
+        let fresh = self.unfresh_slow(id, whole);
+        self.set_head(id, (self.head(id) & !FRESH) | LIVE);
+        (fresh - id).min(whole - HEAD)
+    }
+
+    /// `take_low` of a fresh block.
+    #[cold]
+    fn take_low_fresh_slow(&mut self, id: usize, whole: usize, size: usize) -> (usize, usize) {
+        let fresh = self.unfresh_slow(id, whole);
+        self.set_head(id, self.head(id) & !FRESH);
+        let (rest, dirty) = self.take_low(id, whole, size);
+        self.set_fresh_from(rest, whole - size, fresh);
+        (rest, dirty.min(fresh - id))
     }
 
     /// Notes in a free block of `size` bytes from where on it reads as zero.
@@ -133,7 +164,7 @@ impl InBlocks {
         let first = round_up(place.checked_add(SPAN_HEAD + HEAD)?, self.granule)?;
         let end = round_down(span.start.checked_add(span.len)?, self.granule);
         let room = end.checked_sub(first)?;
-        (room >= MIN && room as u64 <= SIZE).then_some((place, first, end))
+        (room >= MIN && room <= MAX_SIZE).then_some((place, first, end))
     }
 
     fn extent(&self, place: usize) -> Extent<usize> {
@@ -150,7 +181,7 @@ impl InBlocks {
     /// Writes one free block from `first` to `end`, zero from `fresh` on.
     fn lay(&mut self, first: usize, end: usize, fresh: usize) {
         let size = end - first;
-        self.set_head(first, self.tag(first) | size as u64);
+        self.set_head(first, self.tag(first) | sized(size));
         self.set_foot(first, size);
         self.set_head(end, self.tag(end) | LIVE | PREV_FREE);
         self.set_fresh_from(first, size, fresh);
@@ -237,10 +268,10 @@ impl Nodes for InBlocks {
             return None;
         }
         let head = self.head(start);
-        let size = (head & SIZE) as usize;
+        let size = size_in(head);
         // FRESH is a free block's, and PREV_FREE may be either way.
         let expected = self.tag(start) | LIVE;
-        if head & !(SIZE | PREV_FREE) != expected || size < MIN || size > end - start {
+        if head & (TAG | FRESH | LIVE) != expected || size < MIN || size > end - start {
             return None;
         }
         let next = start + size;
@@ -267,7 +298,7 @@ impl Nodes for InBlocks {
 
     #[inline(always)]
     fn size(&self, id: usize) -> usize {
-        (self.head(id) & SIZE) as usize
+        size_in(self.head(id))
     }
 
     #[inline(always)]
@@ -281,6 +312,13 @@ impl Nodes for InBlocks {
     }
 
     #[inline(always)]
+    fn next_free(&self, id: usize, size: usize) -> Option<(usize, usize)> {
+        let next = id + size;
+        let head = self.head(next);
+        if head & LIVE == 0 { Some((next, size_in(head))) } else { None }
+    }
+
+    #[inline(always)]
     fn prev_free(&self, id: usize) -> Option<(usize, usize)> {
         if self.head(id) & PREV_FREE == 0 {
             return None;
@@ -291,21 +329,28 @@ impl Nodes for InBlocks {
     }
 
     #[inline(always)]
+    fn take(&mut self, id: usize, whole: usize) -> usize {
+        let head = self.head(id);
+        let next = id + whole;
+        self.set_head(next, self.head(next) & !PREV_FREE);
+        if head & FRESH != 0 {
+            return self.take_fresh_slow(id, whole);
+        }
+        self.set_head(id, head | LIVE);
+        whole - HEAD
+    }
+
+    #[inline(always)]
     fn take_low(&mut self, id: usize, whole: usize, size: usize) -> (usize, usize) {
         let head = self.head(id);
-        let fresh = if head & FRESH != 0 { self.unfresh_slow(id, whole) } else { id + whole };
-        self.set_head(id, (head & (TAG | PREV_FREE)) | size as u64 | LIVE);
         let rest = id + size;
-        if size == whole {
-            self.set_head(rest, self.head(rest) & !PREV_FREE);
-        } else {
-            self.set_head(rest, self.tag(rest) | (whole - size) as u64);
-            self.set_foot(rest, whole - size);
-            if head & FRESH != 0 {
-                self.set_fresh_from(rest, whole - size, fresh);
-            }
+        if head & FRESH != 0 {
+            return self.take_low_fresh_slow(id, whole, size);
         }
-        (rest, (fresh - id).min(size - HEAD))
+        self.set_head(id, (head & (TAG | PREV_FREE)) | sized(size) | LIVE);
+        self.set_head(rest, self.tag(rest) | sized(whole - size));
+        self.set_foot(rest, whole - size);
+        (rest, size - HEAD)
     }
 
     #[inline]
@@ -313,9 +358,9 @@ impl Nodes for InBlocks {
         let head = self.head(id);
         let (high, high_size) = (id + low, whole - low);
         let fresh = if head & FRESH != 0 { self.unfresh_slow(id, whole) } else { id + whole };
-        self.set_head(id, (head & TAG) | low as u64);
+        self.set_head(id, (head & TAG) | sized(low));
         self.set_foot(id, low);
-        self.set_head(high, self.tag(high) | high_size as u64 | PREV_FREE);
+        self.set_head(high, self.tag(high) | sized(high_size) | PREV_FREE);
         self.set_foot(high, high_size);
         if head & FRESH != 0 {
             self.set_fresh_from(id, low, fresh);
@@ -329,27 +374,35 @@ impl Nodes for InBlocks {
         &mut self,
         id: usize,
         size: usize,
-        prev: Option<(usize, usize)>,
-        next: Option<(usize, usize)>,
+        mut unlink: impl FnMut(&mut Self, usize, usize),
     ) -> (usize, usize) {
-        let (mut start, mut whole, end) = (id, size, id + size);
+        let head = self.head(id);
+        let (mut start, mut whole, mut tag) = (id, size, head & TAG);
         let mut fresh = usize::MAX;
-        if let Some((next, size)) = next {
-            whole += size;
-            if self.head(next) & FRESH != 0 {
+        let next = id + size;
+        let next_head = self.head(next);
+        if next_head & LIVE == 0 {
+            let size = size_in(next_head);
+            unlink(self, next, size);
+            if next_head & FRESH != 0 {
                 fresh = self.unfresh_slow(next, size);
             }
             // Invariant 3; and so below.
             self.set_head(next, 0);
+            whole += size;
         } else {
-            self.set_head(end, self.head(end) | PREV_FREE);
+            self.set_head(next, next_head | PREV_FREE);
         }
-        if let Some((prev, size)) = prev {
+        if head & PREV_FREE != 0 {
+            // SAFETY: invariants 1 and 4.
+            let size = unsafe { read(id - 2 * HEAD) as usize };
+            start = id - size;
+            unlink(self, start, size);
             self.set_head(id, 0);
-            start = prev;
+            tag = self.head(start) & TAG;
             whole += size;
         }
-        self.set_head(start, self.tag(start) | whole as u64);
+        self.set_head(start, tag | sized(whole));
         self.set_foot(start, whole);
         if fresh != usize::MAX {
             self.set_fresh_from(start, whole, fresh);
@@ -359,7 +412,7 @@ impl Nodes for InBlocks {
 
     fn split(&mut self, id: usize, size: usize) -> usize {
         let head = self.head(id);
-        let (rest, rest_size) = (id + size, (head & SIZE) - size as u64);
+        let (rest, rest_size) = (id + size, sized(size_in(head) - size));
         self.set_head(id, head - rest_size);
         self.set_head(rest, self.tag(rest) | rest_size | LIVE);
         rest
@@ -368,18 +421,18 @@ impl Nodes for InBlocks {
     fn absorb(&mut self, id: usize, right: usize) {
         let size = self.size(right);
         self.set_head(right, 0);
-        self.set_head(id, self.head(id) + size as u64);
+        self.set_head(id, self.head(id) + sized(size));
         self.set_head(right + size, self.head(right + size) & !PREV_FREE);
     }
 
     fn push_border(&mut self, id: usize, right: usize, by: usize) -> usize {
         let head = self.head(right);
-        let size = (head & SIZE) as usize;
+        let size = size_in(head);
         let fresh = if head & FRESH != 0 { self.unfresh_slow(right, size) } else { right + size };
         let (new, new_size) = (right + by, size - by);
         self.set_head(right, 0);
-        self.set_head(id, self.head(id) + by as u64);
-        self.set_head(new, self.tag(new) | new_size as u64);
+        self.set_head(id, self.head(id) + sized(by));
+        self.set_head(new, self.tag(new) | sized(new_size));
         self.set_foot(new, new_size);
         self.set_fresh_from(new, new_size, fresh);
         new
@@ -399,7 +452,7 @@ impl Nodes for InBlocks {
 
     fn check(&self, id: usize) -> Result<(), &'static str> {
         let head = self.head(id);
-        let size = (head & SIZE) as usize;
+        let size = size_in(head);
         if head & TAG != self.tag(id) {
             return Err("in blocks 3: a block's head bears its tag");
         }

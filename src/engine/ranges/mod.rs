@@ -39,6 +39,7 @@ use crate::base::bits::{is_aligned, round_down, round_up};
 use crate::base::error::{Error, PointerFault, Result};
 use crate::base::policy::{FreeRange, Request, Strategy};
 use crate::base::stats::HISTOGRAM_BUCKETS;
+use bins::MAX_SIZE;
 use counts::Counts;
 use free::{Free, Order, Place, Want};
 use store::Extent;
@@ -107,11 +108,14 @@ pub struct Ranges<S: Store> {
     store: S,
     free: Free<S>,
     granule: usize,
+    /// `granule - 1`, and with a block's head.
+    mask: usize,
+    round: usize,
     min_rest: usize,
     /// Whole size from which on blocks are cut from the high end.
     high_from: usize,
-    /// Whether a user's policy is asked.
-    asks: bool,
+    /// Alignments up to this need no thought: the granule, or 0 if a user's policy is to be asked.
+    plain_align: usize,
     counts: Counts,
     capacity: usize,
     strategy: Strategy,
@@ -137,11 +141,13 @@ impl<S: Store> Ranges<S> {
         };
         Ok(Self {
             store: S::new(granule),
-            free: Free::new(order, granule),
+            free: Free::new(order),
             granule,
+            mask: granule - 1,
+            round: granule - 1 + S::HEAD,
             min_rest: min_rest.max(S::MIN).checked_next_multiple_of(granule).unwrap_or(usize::MAX),
             high_from: if strategy == Strategy::BestFit { S::LARGE } else { usize::MAX },
-            asks: matches!(strategy, Strategy::Custom(_)),
+            plain_align: if matches!(strategy, Strategy::Custom(_)) { 0 } else { granule },
             counts: Counts::default(),
             capacity: 0,
             strategy,
@@ -153,14 +159,14 @@ impl<S: Store> Ranges<S> {
         &self.strategy
     }
 
-    /// Whole size for `size` usable bytes; `None` if that is no size.
+    /// Whole size for `size` usable bytes; `None` if no block is that large.
     #[inline(always)]
     fn whole(&self, size: usize) -> Option<usize> {
-        // No granule is larger than 2^30, so nothing below overflows.
-        if size > isize::MAX as usize - (1 << 30) {
+        // No granule is larger than 2^30, so nothing here overflows, and the sum is not above `MAX_SIZE`.
+        if size > MAX_SIZE - (1 << 30) - S::HEAD {
             return None;
         }
-        Some(((size + S::HEAD + self.granule - 1) & !(self.granule - 1)).max(S::MIN))
+        Some(((size + self.round) & !self.mask).max(S::MIN))
     }
 
     /// Cuts a block and leaves it unnoted.
@@ -170,9 +176,19 @@ impl<S: Store> Ranges<S> {
         if !self.store.prepare() {
             return None;
         }
-        if layout.align() > self.granule || self.asks {
+        if layout.align() > self.plain_align {
             return self.cut_slow(size, layout.align());
         }
+        if !self.free.lists() {
+            return self.cut_ordered(size);
+        }
+        let (id, whole) = self.free.pop(&mut self.store, size)?;
+        Some((id, self.take_low::<true>(id, whole, size)))
+    }
+
+    /// Cuts a block where best fit or first fit says.
+    #[inline(never)]
+    fn cut_ordered(&mut self, size: usize) -> Option<(S::Id, Block)> {
         let (mut id, mut whole) = self.free.take(&mut self.store, size)?;
         if size >= self.high_from && whole - size >= self.min_rest && !self.small_behind(id) {
             let low = id;
@@ -180,18 +196,26 @@ impl<S: Store> Ranges<S> {
             self.free.insert(&mut self.store, low, whole - size);
             whole = size;
         }
-        Some((id, self.take_low(id, whole, size)))
+        Some((id, self.take_low::<false>(id, whole, size)))
     }
 
-    /// Cuts `size` bytes from the low end of the free block `id`, which is not filed any more.
+    /// Cuts `size` bytes from the low end of the free block `id`, which is not filed any more. `LISTS` says that
+    /// the free blocks are in lists.
     #[inline(always)]
-    fn take_low(&mut self, id: S::Id, whole: usize, size: usize) -> Block {
+    fn take_low<const LISTS: bool>(&mut self, id: S::Id, whole: usize, size: usize) -> Block {
+        let Self { store, free, .. } = self;
         let rest = whole - size;
-        let size = if rest < self.min_rest { whole } else { size };
-        let (low, dirty) = self.store.take_low(id, whole, size);
-        if size < whole {
-            self.free.insert(&mut self.store, low, rest);
-        }
+        let (size, dirty) = if rest < self.min_rest {
+            (whole, store.take(id, whole))
+        } else {
+            let (low, dirty) = store.take_low(id, whole, size);
+            if LISTS {
+                free.push(store, low, rest);
+            } else {
+                free.insert(store, low, rest);
+            }
+            (size, dirty)
+        };
         self.counts.cut(size - S::HEAD);
         Block { start: self.store.start(id), size: size - S::HEAD, dirty }
     }
@@ -218,7 +242,7 @@ impl<S: Store> Ranges<S> {
             self.free.insert(&mut self.store, place.id, place.skip);
             whole -= place.skip;
         }
-        Some((id, self.take_low(id, whole, size)))
+        Some((id, self.take_low::<false>(id, whole, size)))
     }
 
     /// What the user's policy answers, if it is any good.
@@ -262,24 +286,36 @@ impl<S: Store> Ranges<S> {
     fn release(&mut self, id: S::Id) -> usize {
         let size = self.store.size(id);
         self.counts.freed(size - S::HEAD);
-        let next = self.next_free(id);
-        if let Some((next, size)) = next {
-            self.free.remove(&mut self.store, next, size);
-        }
-        let prev = self.store.prev_free(id);
-        if let Some((prev, size)) = prev {
-            self.free.remove(&mut self.store, prev, size);
-        }
-        let (whole, whole_size) = self.store.give(id, size, prev, next);
-        self.free.insert(&mut self.store, whole, whole_size);
+        self.file(id, size);
         size - S::HEAD
     }
 
-    /// The right neighbour and its size, if it is free.
+    /// Makes a live block free, and joins it with its neighbours.
     #[inline(always)]
-    fn next_free(&self, id: S::Id) -> Option<(S::Id, usize)> {
-        let next = self.store.next(id);
-        if self.store.is_free(next) { Some((next, self.store.size(next))) } else { None }
+    fn file(&mut self, id: S::Id, size: usize) {
+        if self.free.lists() { self.join::<true>(id, size) } else { self.join_ordered(id, size) }
+    }
+
+    #[inline(never)]
+    fn join_ordered(&mut self, id: S::Id, size: usize) {
+        self.join::<false>(id, size);
+    }
+
+    #[inline(always)]
+    fn join<const LISTS: bool>(&mut self, id: S::Id, size: usize) {
+        let Self { free, store, .. } = self;
+        let (id, size) = store.give(id, size, |store, neighbour, size| {
+            if LISTS {
+                free.unlink(store, neighbour, size);
+            } else {
+                free.remove(store, neighbour, size);
+            }
+        });
+        if LISTS {
+            free.push(store, id, size);
+        } else {
+            free.insert(store, id, size);
+        }
     }
 
     /// Grows a live block in place to `size` usable bytes.
@@ -287,7 +323,7 @@ impl<S: Store> Ranges<S> {
         let (old, wanted) = (self.store.size(id), self.whole(size)?);
         if wanted > old {
             let more = wanted - old;
-            let (next, room) = self.next_free(id).filter(|(_, room)| *room >= more)?;
+            let (next, room) = self.store.next_free(id, old).filter(|(_, room)| *room >= more)?;
             self.free.remove(&mut self.store, next, room);
             if room - more >= self.min_rest {
                 let rest = self.store.push_border(id, next, more);
@@ -306,11 +342,11 @@ impl<S: Store> Ranges<S> {
         let Some(wanted) = self.whole(size).filter(|wanted| *wanted < old) else { return old - S::HEAD };
         let spare = old - wanted;
         // A tail too small to stand alone may still join a free neighbour.
-        let joins = spare >= S::MIN && self.next_free(id).is_some();
+        let joins = spare >= S::MIN && self.store.next_free(id, old).is_some();
         if (spare >= self.min_rest || joins) && self.store.prepare() {
             let rest = self.store.split(id, wanted);
-            self.counts.split(S::HEAD);
-            self.release(rest);
+            self.counts.shrunk(spare);
+            self.file(rest, spare);
         }
         self.store.size(id) - S::HEAD
     }
@@ -395,7 +431,7 @@ unsafe impl<S: Store> Engine for Ranges<S> {
     }
 
     fn calls_out(&self) -> bool {
-        self.asks
+        matches!(self.strategy, Strategy::Custom(_))
     }
 
     fn span_len(&self, payload: usize) -> Option<usize> {

@@ -85,24 +85,32 @@ pub(crate) trait Nodes: Send + Sized + fmt::Debug {
     fn is_free(&self, id: Self::Id) -> bool;
     /// The block, or end mark, to the right.
     fn next(&self, id: Self::Id) -> Self::Id;
+    /// The block to the right of one of `size` bytes, and its size, if it is free.
+    #[inline(always)]
+    fn next_free(&self, id: Self::Id, size: usize) -> Option<(Self::Id, usize)> {
+        let _ = size;
+        let next = self.next(id);
+        if self.is_free(next) { Some((next, self.size(next))) } else { None }
+    }
     /// The block to the left and its size, if it is free.
     fn prev_free(&self, id: Self::Id) -> Option<(Self::Id, usize)>;
 
-    /// Makes the lowest `size` bytes of the free block `id` of `whole` bytes a live block; what remains, if `size`
-    /// is less than `whole`, is a free block. Returns that (if any), and how many leading bytes of the live
-    /// block may differ from zero. `prepare` must have promised room.
+    /// Makes the free block `id` of `whole` bytes live; returns how many of its leading bytes may differ from
+    /// zero.
+    fn take(&mut self, id: Self::Id, whole: usize) -> usize;
+    /// Like `take` with the lowest `size` bytes, `size` being less than `whole`; the rest is a free block. Returns
+    /// that, too. `prepare` must have promised room.
     fn take_low(&mut self, id: Self::Id, whole: usize, size: usize) -> (Self::Id, usize);
     /// Divides the free block `id` of `whole` bytes at `low` bytes; returns the second, free too. One of them
     /// must be taken before anything else. `prepare` must have promised room.
     fn part(&mut self, id: Self::Id, whole: usize, low: usize) -> Self::Id;
-    /// Makes one free block of the live `id` and its free neighbours, given with their sizes; returns it with
-    /// its size.
+    /// Makes one free block of the live `id` and those of its neighbours that are free, after calling `unlink`
+    /// with each of them and its size; returns it with its size.
     fn give(
         &mut self,
         id: Self::Id,
         size: usize,
-        prev: Option<(Self::Id, usize)>,
-        next: Option<(Self::Id, usize)>,
+        unlink: impl FnMut(&mut Self, Self::Id, usize),
     ) -> (Self::Id, usize);
 
     /// Cuts a live block down to `size`; returns the rest, which is live too. `prepare` must have promised

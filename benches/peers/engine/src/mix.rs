@@ -51,7 +51,8 @@ fn main() {
     let touch = args.next().is_some();
     let arena = Arena::new(64 << 20);
     let mut results: Vec<(&str, Vec<f64>, usize)> = Vec::new();
-    for round in 0..ROUNDS {
+    let rounds = std::env::var("ROUNDS").map_or(ROUNDS, |rounds| rounds.parse().expect("a number"));
+    for round in 0..rounds {
         let mut nth = 0;
         each_peer!(arena, |name, peer| {
             let (time, failed) = mix(peer, slots, 0x1234_5678 + round as u64, touch);

@@ -39,7 +39,9 @@ pub struct Ours<S: Store>(Ranges<S>);
 
 impl<S: Store> Ours<S> {
     pub fn new(arena: Arena, strategy: Strategy) -> Self {
-        let mut ranges = Ranges::new(Division { strategy, ..Division::default() }).unwrap();
+        let granule = std::env::var("GRANULE").map_or(16, |granule| granule.parse().expect("a number"));
+        let min_rest = std::env::var("MIN_REST").map_or(32, |rest| rest.parse().expect("a number"));
+        let mut ranges = Ranges::new(Division { strategy, granule, min_rest }).unwrap();
         let span = Span { start: arena.base.expose_provenance(), len: arena.len, zeroed: false };
         // SAFETY: the arena is never given back and serves nothing else meanwhile.
         unsafe { ranges.add(span) }.unwrap();
@@ -161,20 +163,26 @@ impl Peer for Dlmalloc {
     }
 }
 
-/// Calls `$run(name, peer)` for each allocator.
+/// Calls `$run(name, peer)` for each allocator, or only those whose names hold what `ONLY` says.
 #[macro_export]
 macro_rules! each_peer {
     ($arena:expr, $run:expr) => {{
         use memory_pool::Strategy::{BestFit, FirstFit, Segregated};
-        $run("ours, segregated", Ours::<InBlocks>::new($arena, Segregated));
-        $run("talc 5", Talc::new($arena));
-        $run("rlsf 0.2", Rlsf::new($arena));
-        $run("dlmalloc 0.2", Dlmalloc::new($arena));
-        $run("ours, best fit", Ours::<InBlocks>::new($arena, BestFit));
-        $run("ours, first fit", Ours::<InBlocks>::new($arena, FirstFit));
-        $run("ours, beside, segregated", Ours::<Beside>::new($arena, Segregated));
-        $run("ours, beside, best fit", Ours::<Beside>::new($arena, BestFit));
+        let only = std::env::var("ONLY").unwrap_or_default();
+        each_peer!(@ only, $run,
+            "ours, segregated" => Ours::<InBlocks>::new($arena, Segregated),
+            "talc 5" => Talc::new($arena),
+            "rlsf 0.2" => Rlsf::new($arena),
+            "dlmalloc 0.2" => Dlmalloc::new($arena),
+            "ours, best fit" => Ours::<InBlocks>::new($arena, BestFit),
+            "ours, first fit" => Ours::<InBlocks>::new($arena, FirstFit),
+            "ours, beside, segregated" => Ours::<Beside>::new($arena, Segregated),
+            "ours, beside, best fit" => Ours::<Beside>::new($arena, BestFit),
+        );
     }};
+    (@ $only:expr, $run:expr, $($name:literal => $peer:expr,)*) => {
+        $(if $name.contains($only.as_str()) { $run($name, $peer); })*
+    };
 }
 
 pub struct Random(pub u64);
