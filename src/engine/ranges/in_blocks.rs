@@ -164,7 +164,7 @@ impl InBlocks {
         let first = round_up(place.checked_add(SPAN_HEAD + HEAD)?, self.granule)?;
         let end = round_down(span.start.checked_add(span.len)?, self.granule);
         let room = end.checked_sub(first)?;
-        (room >= MIN && room <= MAX_SIZE).then_some((place, first, end))
+        (MIN..=MAX_SIZE).contains(&room).then_some((place, first, end))
     }
 
     fn extent(&self, place: usize) -> Extent<usize> {
