@@ -139,6 +139,13 @@ pub unsafe trait Engine: Send {
     /// Cuts a block; `None` when nothing fits. The size is not 0.
     fn alloc(&mut self, layout: Layout) -> Option<Block>;
 
+    /// [`alloc`](Engine::alloc) where that is quick, for those who need not know what the block holds: its start
+    /// and its size, which travel in registers. A start of 0 says nothing but that `alloc` may know better.
+    #[inline]
+    fn take(&mut self, layout: Layout) -> (usize, usize) {
+        self.alloc(layout).map_or((0, 0), |block| (block.start, block.size))
+    }
+
     /// Takes a block back and returns its usable size.
     ///
     /// # Safety

@@ -126,12 +126,9 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     }
 
     /// A block for `asked`, whose size is not 0, as the user sees it.
-    #[inline]
     pub(super) fn block(&self, asked: Layout, flags: AllocFlags) -> Result<Block> {
         self.admit()?;
-        let Some(layout) = self.observer.inflate(asked) else {
-            return Err(Error::oom(asked.size(), OomReason::Overflow));
-        };
+        let layout = self.observer.inflate(asked).ok_or(Error::oom(asked.size(), OomReason::Overflow))?;
         let block = match self.front.alloc(layout) {
             Some(block) => block,
             None => self.alloc_slow(layout, flags)?,
@@ -141,8 +138,21 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     }
 
     /// `allocate` of the interface.
-    #[inline]
+    #[inline(always)]
     pub(super) fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>> {
+        if !O::ACTIVE && layout.size() != 0 && (!F::SHARED || self.owner.admits()) {
+            let (start, size) = self.front.take(layout);
+            if start != 0 {
+                return Ok(NonNull::slice_from_raw_parts(pointer(start), size));
+            }
+        }
+        self.allocate_slow(layout)
+    }
+
+    /// The rest of `allocate`.
+    #[cold]
+    #[inline(never)]
+    fn allocate_slow(&self, layout: Layout) -> Result<NonNull<[u8]>> {
         if layout.size() == 0 {
             return self.admit().map(|()| dangling(layout));
         }
@@ -170,7 +180,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     pub(super) unsafe fn deallocate(&self, ptr: NonNull<u8>, layout: Option<Layout>) {
         let outer = ptr.as_ptr() as usize;
         // Empty blocks lie at their alignment.
-        if outer <= MAX_ALIGNMENT && layout.is_none() && !self.owns(ptr) {
+        if layout.is_none() && outer <= MAX_ALIGNMENT && self.disowns_slow(ptr) {
             return;
         }
         // SAFETY: the caller's contract.
@@ -263,6 +273,13 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     pub(super) fn owns(&self, ptr: NonNull<u8>) -> bool {
         let address = ptr.as_ptr() as usize;
         self.front.with(|engine| engine.owns(address)) || self.large.containing(address).is_some()
+    }
+
+    /// Whether `ptr` is none of this pool's; apart, to keep frees small.
+    #[cold]
+    #[inline(never)]
+    fn disowns_slow(&self, ptr: NonNull<u8>) -> bool {
+        !self.owns(ptr)
     }
 
     /// Grows a block where it is.

@@ -16,7 +16,7 @@ pub(super) const LARGE_ALIGN: usize = 1 << 20;
 /// Access to an engine for those who may have it.
 ///
 /// # Safety
-/// `alloc` and `free` act as those of an [`Engine`], for every thread that may call the front at all.
+/// `take`, `alloc` and `free` act as those of an [`Engine`], for every thread that may call the front at all.
 pub unsafe trait Front: fmt::Debug {
     /// Requests from this size on that find no room get memory of their own from the source, and so do those
     /// aligned to 1 MiB.
@@ -24,6 +24,9 @@ pub unsafe trait Front: fmt::Debug {
 
     /// Whether several threads may call.
     const SHARED: bool;
+
+    /// As [`Engine::take`].
+    fn take(&self, layout: Layout) -> (usize, usize);
 
     /// Cuts a block; `None` when nothing fits.
     fn alloc(&self, layout: Layout) -> Option<Block>;
@@ -48,6 +51,9 @@ pub trait PoolEngine: Serves<HostSpace> + fmt::Debug + Sized {
 
     /// See [`Front::DIRECT`].
     const DIRECT: usize;
+
+    /// Whether such an engine may call a user's policy.
+    const CALLS_OUT: bool;
 
     /// An empty engine as `config` describes it.
     fn build(config: &PoolConfig) -> Result<Self>;
@@ -82,12 +88,16 @@ unsafe impl<E: PoolEngine> Front for Locked<E> {
     const DIRECT: usize = E::DIRECT;
     const SHARED: bool = true;
 
-    #[inline]
+    #[inline(always)]
+    fn take(&self, layout: Layout) -> (usize, usize) {
+        self.engine.lock().take(layout)
+    }
+
     fn alloc(&self, layout: Layout) -> Option<Block> {
         self.engine.lock().alloc(layout)
     }
 
-    #[inline]
+    #[inline(always)]
     unsafe fn free(&self, start: usize) {
         // SAFETY: the caller's contract.
         unsafe { self.engine.lock().free(start) };
@@ -144,10 +154,10 @@ impl<E: PoolEngine> BuildFront for Local<E> {
     }
 }
 
-impl<E: Engine> Local<E> {
-    #[inline]
+impl<E: PoolEngine> Local<E> {
+    #[inline(always)]
     fn enter<R>(&self, act: impl FnOnce(&mut E) -> R) -> R {
-        if !self.guarded {
+        if !E::CALLS_OUT || !self.guarded {
             // SAFETY: not `Sync`, and `act` comes from this module's callers, which call nobody but the engine,
             // which calls nobody: this is the only reference.
             return act(unsafe { &mut *self.engine.get() });
@@ -164,12 +174,16 @@ unsafe impl<E: PoolEngine> Front for Local<E> {
     const DIRECT: usize = E::DIRECT;
     const SHARED: bool = false;
 
-    #[inline]
+    #[inline(always)]
+    fn take(&self, layout: Layout) -> (usize, usize) {
+        self.enter(|engine| engine.take(layout))
+    }
+
     fn alloc(&self, layout: Layout) -> Option<Block> {
         self.enter(|engine| engine.alloc(layout))
     }
 
-    #[inline]
+    #[inline(always)]
     unsafe fn free(&self, start: usize) {
         // SAFETY: the caller's contract.
         self.enter(|engine| unsafe { engine.free(start) });

@@ -34,7 +34,11 @@ unsafe impl Front for LockFree {
     const DIRECT: usize = Slots::DIRECT;
     const SHARED: bool = true;
 
-    #[inline]
+    #[inline(always)]
+    fn take(&self, layout: Layout) -> (usize, usize) {
+        if self.slots.serves(layout) { self.slots.take_near(thread_number()) } else { (0, 0) }
+    }
+
     fn alloc(&self, layout: Layout) -> Option<Block> {
         if self.slots.serves(layout) {
             return self.slots.alloc_one(thread_number());
@@ -42,7 +46,7 @@ unsafe impl Front for LockFree {
         self.slots.with_slow(|engine| engine.alloc(layout))
     }
 
-    #[inline]
+    #[inline(always)]
     unsafe fn free(&self, start: usize) {
         // SAFETY: the caller's contract.
         unsafe { self.slots.free_block(start, thread_number()) };
@@ -64,8 +68,8 @@ unsafe impl Front for LockFree {
 pub enum FixedFront {
     /// One lock.
     Locked(Locked<Slots>),
-    /// No lock; apart, as it is large.
-    LockFree(Box<LockFree>),
+    /// No lock.
+    LockFree(LockFree),
 }
 
 impl BuildFront for FixedFront {
@@ -73,7 +77,7 @@ impl BuildFront for FixedFront {
 
     fn build(config: &PoolConfig) -> Result<Self> {
         Ok(match config.sync_type {
-            SyncType::LockFree => Self::LockFree(Box::new(LockFree::build(config)?)),
+            SyncType::LockFree => Self::LockFree(LockFree::build(config)?),
             _ => Self::Locked(Locked::build(config)?),
         })
     }
@@ -84,7 +88,14 @@ unsafe impl Front for FixedFront {
     const DIRECT: usize = Slots::DIRECT;
     const SHARED: bool = true;
 
-    #[inline]
+    #[inline(always)]
+    fn take(&self, layout: Layout) -> (usize, usize) {
+        match self {
+            Self::Locked(front) => front.take(layout),
+            Self::LockFree(front) => front.take(layout),
+        }
+    }
+
     fn alloc(&self, layout: Layout) -> Option<Block> {
         match self {
             Self::Locked(front) => front.alloc(layout),
@@ -92,7 +103,7 @@ unsafe impl Front for FixedFront {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     unsafe fn free(&self, start: usize) {
         // SAFETY: the caller's contract.
         unsafe {

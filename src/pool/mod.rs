@@ -139,6 +139,7 @@ pub type LocalVariablePool<S = HostMemory, O = ()> = LocalPool<Ranges<InBlocks>,
 impl PoolEngine for Slots {
     const KIND: AllocatorType = AllocatorType::FixedSize;
     const DIRECT: usize = usize::MAX;
+    const CALLS_OUT: bool = false;
 
     fn build(config: &PoolConfig) -> Result<Self> {
         let slots = Self::new(config.block_size, config.alignment);
@@ -149,6 +150,7 @@ impl PoolEngine for Slots {
 impl PoolEngine for Ranges<InBlocks> {
     const KIND: AllocatorType = AllocatorType::VariableSize;
     const DIRECT: usize = 1 << 20;
+    const CALLS_OUT: bool = true;
 
     fn build(config: &PoolConfig) -> Result<Self> {
         let strategy = config.strategy.clone();

@@ -56,7 +56,7 @@ const GROUP: usize = 32;
 const MAX_SPANS: usize = if cfg!(loom) { 2 } else { 64 };
 
 /// Most stripes; at least as many as threads that run at once is best.
-const MAX_STRIPES: usize = if cfg!(loom) { 2 } else { 64 };
+const MAX_STRIPES: usize = if cfg!(loom) { 2 } else { 32 };
 
 /// Addresses lie below this; what is above it in a `place` is used otherwise.
 const ADDRESSES: usize = 1 << 57;
@@ -113,7 +113,7 @@ impl Group {
     }
 
     /// Takes the lowest free slot; its index, and whether it was never handed out before.
-    #[inline]
+    #[inline(always)]
     fn take_lowest(&self) -> Option<(u32, bool, u64)> {
         let mut old = self.word.load(Ordering::Relaxed);
         loop {
@@ -155,7 +155,7 @@ impl Group {
     }
 
     /// Gives slots back; the word before.
-    #[inline]
+    #[inline(always)]
     fn give(&self, slots: u32) -> u64 {
         // What the owner did with the slots is done before anybody else gets them.
         let before = self.word.fetch_or(u64::from(slots), Ordering::SeqCst);
@@ -239,7 +239,7 @@ pub struct AtomicSlots {
     spilled: AtomicU64,
     cells: [Cell; MAX_SPANS],
     stripes: [CachePadded<Stripe>; MAX_STRIPES],
-    slow: Lock<Slow>,
+    slow: Lock<Box<Slow>>,
 }
 
 impl fmt::Debug for AtomicSlots {
@@ -290,7 +290,7 @@ impl AtomicSlots {
             spilled: AtomicU64::new(0),
             cells: core::array::from_fn(cell),
             stripes: core::array::from_fn(stripe),
-            slow: Lock::new(Slow::default()),
+            slow: Lock::new(Box::default()),
         })
     }
 
@@ -301,7 +301,7 @@ impl AtomicSlots {
     }
 
     /// Whether one block serves `layout`.
-    #[inline]
+    #[inline(always)]
     pub fn serves(&self, layout: Layout) -> bool {
         layout.size() <= self.block && layout.align() <= self.align
     }
@@ -324,7 +324,6 @@ impl AtomicSlots {
     }
 
     /// A single block for the thread of that number; `None` when none is free.
-    #[inline]
     pub(crate) fn alloc_one(&self, thread: usize) -> Option<Block> {
         let group = self.stripe(thread).group.load(Ordering::Acquire);
         // SAFETY: a stripe points nowhere or to a group, which stays (invariant 2).
@@ -336,7 +335,22 @@ impl AtomicSlots {
         self.search_slow(thread)
     }
 
-    #[inline]
+    /// Start and size of a block from the group that the thread was at last; a start of 0 where it has none.
+    #[inline(always)]
+    pub(crate) fn take_near(&self, thread: usize) -> (usize, usize) {
+        let group = self.stripe(thread).group.load(Ordering::Acquire);
+        // SAFETY: as above.
+        let Some(group) = (unsafe { group.as_ref() }) else { return (0, 0) };
+        let Some((slot, _, word)) = group.take_lowest() else { return (0, 0) };
+        if word & COUNT_FULL != 0 {
+            self.spill_slow(group);
+        }
+        // Ours since the bit was cleared (invariants 1 and 3).
+        let base = group.place.load(Ordering::Relaxed) & (ADDRESSES - 1);
+        (base + slot as usize * self.block, self.block)
+    }
+
+    #[inline(always)]
     fn take_from(&self, group: &Group) -> Option<Block> {
         let (slot, unused, word) = group.take_lowest()?;
         if word & COUNT_FULL != 0 {
@@ -432,7 +446,7 @@ impl AtomicSlots {
     ///
     /// # Safety
     /// `start` is the address of a live block of this engine.
-    #[inline]
+    #[inline(always)]
     pub(crate) unsafe fn free_block(&self, start: usize, thread: usize) -> usize {
         let stripe = self.stripe(thread);
         let mut at = stripe.group.load(Ordering::Acquire);
@@ -464,7 +478,7 @@ impl AtomicSlots {
     }
 
     /// The group and the slot in it that begin at `start`, if they are of this engine.
-    #[inline]
+    #[inline(never)]
     fn find_group(&self, start: usize) -> Option<(*mut Group, usize)> {
         for cell in &self.cells[..self.cell_count.load(Ordering::Acquire)] {
             let Some(seen) = cell.see() else { continue };

@@ -154,7 +154,7 @@ impl<H: Home> Slots<H> {
     ///
     /// # Safety
     /// `start` is a slot without tails that is neither free nor hot, and the memory may be touched.
-    #[inline]
+    #[inline(always)]
     unsafe fn push(&mut self, start: usize) {
         // SAFETY: the slot is ours, at least a word long and aligned to one (see `new`), invariant 5.
         unsafe { ptr::with_exposed_provenance_mut::<usize>(start).write(self.hot) };
@@ -223,21 +223,28 @@ unsafe impl<H: Home> Engine for Slots<H> {
         buckets.iter_mut().zip(&self.runs).for_each(|(bucket, count)| *bucket += count);
     }
 
-    #[inline]
     fn alloc(&mut self, layout: Layout) -> Option<Block> {
         if layout.size() > self.block || layout.align() > self.align {
             return self.run_slow(layout);
         }
+        match self.take(layout) {
+            (0, _) => self.cut_slow(),
+            (start, size) => Some(Block { start, size, dirty: size }),
+        }
+    }
+
+    #[inline(always)]
+    fn take(&mut self, layout: Layout) -> (usize, usize) {
         let start = self.hot;
-        if start == 0 {
-            return self.cut_slow();
+        if start == 0 || layout.size() > self.block || layout.align() > self.align {
+            return (0, 0);
         }
         // SAFETY: invariant 5.
         self.hot = unsafe { ptr::with_exposed_provenance::<usize>(start).read() };
-        Some(Block { start, size: self.block, dirty: self.block })
+        (start, self.block)
     }
 
-    #[inline]
+    #[inline(always)]
     unsafe fn free(&mut self, start: usize) -> usize {
         self.frees += 1;
         if self.tails != 0 || !H::TOUCHES {
