@@ -7,6 +7,7 @@ pub use super::policy::Strategy;
 
 /// Which engine divides the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum AllocatorType {
     /// Blocks of one size (`block_size`); a larger request takes a run of adjacent blocks.
@@ -20,6 +21,7 @@ pub enum AllocatorType {
 
 /// How threads share a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum SyncType {
     /// One lock.
@@ -33,6 +35,7 @@ pub enum SyncType {
 
 /// What a debug layer does when it finds an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum OnFinding {
     /// Write a report to stderr and go on.
@@ -48,6 +51,7 @@ pub enum OnFinding {
 
 /// What the debug layer of a pool checks. All off by default; with everything off the layer is not there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default))]
 #[non_exhaustive]
 pub struct DebugConfig {
     /// Bytes of canary on each side of a block; 0 for none.
@@ -121,6 +125,7 @@ impl DebugConfig {
 /// assert_eq!(config.max_size, 64 << 20);
 /// ```
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default))]
 #[non_exhaustive]
 pub struct PoolConfig {
     /// The engine. Only [`AnyPool`](crate::AnyPool) and the manager choose by it.

@@ -57,6 +57,25 @@ impl PartialEq for Strategy {
     }
 }
 
+/// As its name; a policy of one's own cannot be read back.
+#[cfg(feature = "serde")]
+impl serde::Serialize for Strategy {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<'de> serde::Deserialize<'de> for Strategy {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        let known = [Self::Segregated, Self::BestFit, Self::FirstFit];
+        let found = known.into_iter().find(|strategy| strategy.name() == name);
+        let names = &["segregated", "best_fit", "first_fit"];
+        found.ok_or_else(|| serde::de::Error::unknown_variant(&name, names))
+    }
+}
+
 impl<P: Policy + 'static> From<P> for Strategy {
     fn from(policy: P) -> Self {
         Self::custom(policy)

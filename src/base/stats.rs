@@ -7,7 +7,6 @@ pub const HISTOGRAM_BUCKETS: usize = 24;
 
 /// What a pool did and holds, at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct MemoryStats {
     /// Bytes handed out over the pool's life.
@@ -114,6 +113,26 @@ impl MemoryStats {
         // 16 bytes and less are bucket 0; the `| 15` leaves no special case.
         let bits = (size.saturating_sub(1) | 15).ilog2() - 3;
         if (bits as usize) < HISTOGRAM_BUCKETS { bits as usize } else { HISTOGRAM_BUCKETS - 1 }
+    }
+}
+
+/// All fields, and what is computed from them.
+#[cfg(feature = "serde")]
+impl serde::Serialize for MemoryStats {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::SerializeStruct;
+        let mut out = serializer.serialize_struct("MemoryStats", 19)?;
+        macro_rules! fields {
+            ($($field:ident)*) => {$(out.serialize_field(stringify!($field), &self.$field)?;)*};
+        }
+        fields! {
+            total_allocated current_allocated peak_allocated allocation_count deallocation_count failed_count
+            reserved peak_reserved committed peak_committed free largest_free cache_hits cache_misses
+            source_calls size_histogram latency
+        }
+        out.serialize_field("active_count", &self.active_count())?;
+        out.serialize_field("fragmentation_ratio", &self.fragmentation_ratio())?;
+        out.end()
     }
 }
 
