@@ -132,18 +132,33 @@ impl Stack {
                 all.push(Frame { function: format!("{address:#x}"), file: None, line: None });
             }
         }
-        let end = all.iter().position(|frame| frame.is_runtime()).unwrap_or(all.len());
+        let mut end = all.iter().position(|frame| frame.is_runtime()).unwrap_or(all.len());
+        while end > 0 && all[end - 1].is_glue() {
+            end -= 1;
+        }
         let start = all[..end].iter().position(|frame| !frame.is_ours()).unwrap_or(0);
         all.drain(start..end).collect()
     }
 }
 
 impl Frame {
-    /// Frames that only say that this crate was called.
+    /// Frames that only say that this crate was called. Names of inlined functions may lack their path, so
+    /// the file counts as well.
     fn is_ours(&self) -> bool {
+        const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/");
         let name = self.function.trim_start_matches(['<', '&']);
-        let ours = name.starts_with("memory_pool::") && !name.contains("::tests::");
-        ours || ["backtrace::", "allocator_api2::alloc::"].iter().any(|prefix| name.starts_with(prefix))
+        let file = self.file.as_deref().unwrap_or_default();
+        let ours = name.starts_with("memory_pool::") || file.starts_with(SOURCES);
+        let below = ["backtrace::", "allocator_api2::alloc::"].iter().any(|prefix| name.starts_with(prefix))
+            || file.contains("/src/backtrace/")
+            || file.contains("/allocator-api2-");
+        (ours || below) && !name.contains("::tests::")
+    }
+
+    /// How std calls a closure.
+    fn is_glue(&self) -> bool {
+        let file = self.file.as_deref().unwrap_or_default();
+        file.contains("/core/src/ops/function.rs") || self.function.contains("core::ops::function::FnOnce")
     }
 
     /// Frames below the program's own: how std starts threads and tests.
