@@ -1,4 +1,4 @@
-//! A placement strategy of one's own: long-lived blocks low, short-lived ones high.
+//! A placement strategy of one's own, beside those that come with the crate.
 //!
 //! A policy is safe code: it sees places and answers with one, and the engine verifies the answer.
 
@@ -6,55 +6,64 @@ use std::alloc::Layout;
 
 use memory_pool::{FreeRange, Policy, PoolConfig, Request, Result, Strategy, VariablePool};
 
-/// Small requests from the lowest range that fits, large ones from the highest, so that they do not mix.
+/// Takes the tightest range that leaves either nothing or something useful behind.
 #[derive(Debug)]
-struct TwoEnds {
-    large: usize,
+struct NoCrumbs {
+    useful: usize,
 }
 
-impl Policy for TwoEnds {
+impl Policy for NoCrumbs {
     fn name(&self) -> &str {
-        "two_ends"
+        "no_crumbs"
     }
 
     fn choose(&self, request: Request, free: &mut dyn Iterator<Item = FreeRange>) -> Option<FreeRange> {
-        let fitting = free.filter(|range| range.fits(request.size, request.align));
-        if request.size >= self.large {
-            fitting.max_by_key(|range| range.start)
-        } else {
-            fitting.min_by_key(|range| range.start)
-        }
+        let rest = |range: &FreeRange| range.len - request.size;
+        let is_crumb = |range: &FreeRange| (1..self.useful).contains(&rest(range));
+        free.filter(|range| range.fits(request.size, request.align))
+            .min_by_key(|range| (is_crumb(range), rest(range), range.start))
     }
 }
 
-/// Fills the pool with a mix, frees every other block, and says how much of the free memory is in one piece.
-fn fragmentation(strategy: impl Into<Strategy>) -> Result<(String, f64)> {
-    let config = PoolConfig::default_cpu().strategy(strategy).initial_size(4 << 20).max_size(4 << 20);
-    let pool = VariablePool::new(config)?;
-    let mut blocks = Vec::new();
-    let mut seed = 1u32;
-    loop {
-        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        let size = if seed >> 31 == 0 { 48 } else { 4000 };
-        match pool.allocate(Layout::from_size_align(size, 16)?) {
-            Ok(block) => blocks.push((size, block.cast::<u8>())),
-            Err(_) => break,
+/// Fills four MiB with a mix of sizes, frees a fifth at random and refills, some rounds; then says how much of
+/// the memory is in use when a request first fails.
+fn efficiency(strategy: impl Into<Strategy>) -> Result<(String, f64)> {
+    const MEMORY: usize = 4 << 20;
+    let pool = VariablePool::new(
+        PoolConfig::default_cpu().strategy(strategy).initial_size(MEMORY).max_size(MEMORY),
+    )?;
+    let mut seed = 1u64;
+    let mut random = |below: usize| {
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (seed >> 33) as usize % below
+    };
+    let mut blocks: Vec<(usize, std::ptr::NonNull<u8>)> = Vec::new();
+    for _ in 0..20 {
+        for _ in 0..blocks.len() / 5 {
+            let (_, block) = blocks.swap_remove(random(blocks.len()));
+            // SAFETY: live, and taken from the list, so freed once.
+            unsafe { pool.deallocate(block) };
+        }
+        loop {
+            let size = 64 << random(8);
+            let size = size + random(size);
+            match pool.allocate(Layout::from_size_align(size, 16)?) {
+                Ok(block) => blocks.push((size, block.cast())),
+                Err(_) => break,
+            }
         }
     }
-    for (_, block) in blocks.iter().filter(|(size, _)| *size == 4000) {
-        // SAFETY: live, and freed here alone.
-        unsafe { pool.deallocate(*block) };
-    }
-    Ok((pool.config().strategy.name().to_owned(), pool.stats().fragmentation_ratio()))
+    let used: usize = blocks.iter().map(|(size, _)| size).sum();
+    Ok((pool.config().strategy.name().to_owned(), used as f64 / MEMORY as f64))
 }
 
 fn main() -> Result<()> {
-    println!("fragmentation once the large blocks are freed:");
+    println!("memory in use when a request first fails:");
     for (name, ratio) in [
-        fragmentation(Strategy::Segregated)?,
-        fragmentation(Strategy::BestFit)?,
-        fragmentation(Strategy::FirstFit)?,
-        fragmentation(TwoEnds { large: 1024 })?,
+        efficiency(Strategy::Segregated)?,
+        efficiency(Strategy::BestFit)?,
+        efficiency(Strategy::FirstFit)?,
+        efficiency(NoCrumbs { useful: 256 })?,
     ] {
         println!("    {name:<12} {:>5.1} %", 100.0 * ratio);
     }

@@ -8,8 +8,8 @@ use allocator_api2::alloc::{Allocator, Global};
 use allocator_api2::boxed::Box;
 use allocator_api2::vec::Vec;
 use memory_pool::{
-    AnyPool, FixedPool, LeakReport, LocalFixedPool, LocalVariablePool, OnFinding, PoolConfig, PoolManager,
-    Result, Strategy, VariablePool,
+    AnyPool, FixedPool, LeakReport, LocalFixedPool, LocalVariablePool, LockFreeFixedPool, OnFinding,
+    PoolConfig, PoolManager, Result, Strategy, VariablePool,
 };
 
 /// A generator of numbers: the same for every allocator.
@@ -128,7 +128,8 @@ fn host_pools() -> Result<()> {
     compare("order book, FixedPool", shortest(|| order_book(&fixed)), system);
     compare("order book, LocalFixedPool", shortest(|| order_book(&local)), system);
     let system = shortest(|| two_threads(Global));
-    compare("order book on two threads, FixedPool", shortest(|| two_threads(&fixed)), system);
+    let lock_free = LockFreeFixedPool::new(PoolConfig::fixed_size_cpu(size_of::<Order>()))?;
+    compare("order book on two threads, LockFreeFixedPool", shortest(|| two_threads(&lock_free)), system);
 
     let system = shortest(|| mail(Global));
     for strategy in [Strategy::Segregated, Strategy::BestFit, Strategy::FirstFit] {

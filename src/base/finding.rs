@@ -132,22 +132,19 @@ impl Finding {
 
     fn summary(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { kind, address, damaged, offset, .. } = self;
+        let bytes = Count(*damaged, "byte");
         match kind {
-            FindingKind::Overflow => {
-                write!(f, "{damaged} bytes changed behind a block, from byte {offset} on")
-            }
-            FindingKind::Underflow => {
-                write!(f, "{damaged} bytes changed in front of a block, from byte {offset} on")
-            }
+            FindingKind::Overflow => write!(f, "{bytes} changed behind a block, from byte {offset} on"),
+            FindingKind::Underflow => write!(f, "{bytes} changed in front of a block, from byte {offset} on"),
             FindingKind::WriteAfterFree => {
-                write!(f, "{damaged} bytes of a freed block changed, from byte {offset} on")
+                write!(f, "{bytes} of a freed block changed, from byte {offset} on")
             }
             FindingKind::DoubleFree => f.write_str("a block was freed that is free already"),
             FindingKind::ForeignFree => write!(f, "{address:#x} was freed, which is no block of this pool"),
             FindingKind::InteriorFree => write!(f, "byte {offset} of a block was freed, not its first"),
             FindingKind::WrongLayout => {
                 let (size, align) = self.given.unwrap_or_default();
-                write!(f, "a block was freed as {size} bytes aligned to {align}")
+                write!(f, "a block was freed as {} aligned to {align}", Count(size, "byte"))
             }
             FindingKind::Leak => f.write_str("a block was never freed"),
         }
@@ -167,6 +164,15 @@ impl Finding {
             write!(f, "\n    (undamaged: {:02x})", self.expected)?;
         }
         Ok(())
+    }
+}
+
+/// A number of things.
+struct Count(usize, &'static str);
+
+impl fmt::Display for Count {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}{}", self.0, self.1, if self.0 == 1 { "" } else { "s" })
     }
 }
 
@@ -244,9 +250,10 @@ impl LeakReport {
 
 impl fmt::Display for LeakReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "leak: {} blocks, {} never freed", self.blocks(), Bytes(self.bytes() as u64))?;
+        write!(f, "leak: {}, {}, never freed", Count(self.blocks(), "block"), Bytes(self.bytes() as u64))?;
         for LeakGroup { first, blocks, bytes } in self.groups.iter().take(Self::SHOWN) {
-            write!(f, "\n  {blocks} blocks, {}, the first at {:#x}", Bytes(*bytes as u64), first.address)?;
+            let (blocks, bytes) = (Count(*blocks, "block"), Bytes(*bytes as u64));
+            write!(f, "\n  {blocks}, {bytes}, the first at {:#x}", first.address)?;
             if let Some(Site { operation, thread, stack }) = &first.allocated {
                 write!(f, ", allocated by thread {thread} in operation {operation}")?;
                 if let Some(stack) = stack {
@@ -255,7 +262,7 @@ impl fmt::Display for LeakReport {
             }
         }
         if self.groups.len() > Self::SHOWN {
-            write!(f, "\n  and {} smaller groups", self.groups.len() - Self::SHOWN)?;
+            write!(f, "\n  and {}", Count(self.groups.len() - Self::SHOWN, "smaller group"))?;
         }
         Ok(())
     }
@@ -273,7 +280,7 @@ mod tests {
         finding.bytes[8] = 0x41;
         finding.allocated = Some(Site { operation: 7, thread: 2, stack: None });
         let text = finding.to_string();
-        assert!(text.starts_with("overflow: 1 bytes changed behind a block, from byte 24 on"), "{text}");
+        assert!(text.starts_with("overflow: 1 byte changed behind a block, from byte 24 on"), "{text}");
         assert!(text.contains("block of 24 bytes aligned to 8 at 0x1000"), "{text}");
         assert!(text.contains("0x000000001010  b9 b9 b9 b9 b9 b9 b9 b9>41 b9"), "{text}");
         assert!(text.contains("allocated by thread 2 in operation 7"), "{text}");
@@ -291,6 +298,6 @@ mod tests {
         let report = LeakReport::new([leak(8, &[64]), leak(100, &[65]), leak(24, &[64])]);
         assert_eq!((report.groups.len(), report.blocks(), report.bytes()), (2, 3, 132));
         assert_eq!(report.groups[0].bytes, 100);
-        assert!(report.to_string().starts_with("leak: 3 blocks, 132 B never freed"));
+        assert!(report.to_string().starts_with("leak: 3 blocks, 132 B, never freed"));
     }
 }

@@ -199,6 +199,12 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             let layout = Layout::from_size_align(bytes, align)?;
             let need = self.front.with(|engine| engine.need(layout));
             let need = need.ok_or(Error::oom(bytes, OomReason::Overflow))?;
+            // What a block of that size, or a span, needs beside its bytes must not put the limit out of reach.
+            let max = self.config().max_size;
+            let room = max - self.reserved.load(Ordering::Relaxed).min(max);
+            let whole = self.front.with(|engine| engine.span_len(room).map(|len| engine.payload(len)));
+            let beside = whole.unwrap_or(room).saturating_sub(room);
+            let need = if bytes <= room { need.min(room - beside.min(room)) } else { need };
             let limit = self.source.limit();
             let wanted = if limit == usize::MAX { need } else { limit.max(need) };
             let span = self.take_span(need, wanted, align, bytes)?;
