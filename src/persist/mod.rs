@@ -9,11 +9,13 @@
 //! | `journal`, `recover` | records in the log: written, applied, applied again after a crash |
 //! | `locks`, `context`, `arena`, `tx`, `txapi` | transactions |
 //! | `read`, `ptr`, `types`, `roots` | references, pointers, what may be stored, named roots |
+//! | `survey`, `check` | what is reachable, what leaks, what is damaged |
 //! | `array`, `vec`, `string`, `structs` | types made of them |
 //! | `inner`, `pool`, `raw` | the open pool and its handle; blocks without a type |
 
 mod arena;
 mod array;
+mod check;
 mod context;
 #[cfg(test)]
 mod crash;
@@ -32,6 +34,7 @@ mod recover;
 mod roots;
 mod string;
 mod structs;
+mod survey;
 mod table;
 #[cfg(test)]
 mod trace;
@@ -40,6 +43,7 @@ mod txapi;
 mod types;
 mod vec;
 
+pub use check::{CheckReport, Damage, check, dump, repair};
 pub use media::Durability;
 pub use pool::{PersistentConfig, PersistentPool};
 pub use ptr::{Handle, PBox, PRef, PRefMut};

@@ -223,6 +223,16 @@ impl PersistentPool {
         Ok(Self { inner: Arc::new(inner) })
     }
 
+    /// A pool to be looked at, of which the log was read.
+    pub(crate) fn assemble_lenient(media: Media, header: Header, path: &Path) -> Result<Self> {
+        let table = Table::new(&header.zones);
+        let heap = Heap::new(&media, &table, &header.zones, false, true)?;
+        let durability = Durability::ProcessCrash;
+        let (names, path, replayed) = (HashMap::new(), path.to_owned(), 0);
+        let parts = Parts { media, table, heap, header, durability, names, path, replayed };
+        Ok(Self { inner: Arc::new(Inner::new(parts)) })
+    }
+
     /// Runs `work`, and makes all it did happen if it returns `Ok`, or nothing of it if it returns an error
     /// or panics. Several threads may be in transactions at once; objects are locked as they are touched, and
     /// where two would wait for each other one gets [`Refusal::Conflict`](crate::base::error::Refusal) and can be run
@@ -464,10 +474,8 @@ fn fill(file: File, header: &Header, durability: Durability) -> Result<Media> {
 
 /// Writes both copies of the header, one after the other, so that one is whole at any time.
 fn write_header(media: &Media, header: &Header) -> Result<()> {
-    let page = header.encode();
+    let words = header_words(header);
     for at in [HEADER_AT[1], HEADER_AT[0]] {
-        let words: Vec<u64> =
-            page.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().unwrap_or_default())).collect();
         // SAFETY: nobody holds references into the header; `grow` holds its lock.
         unsafe { media.store_words(at, &words) };
         media.flush(at, PAGE as usize);
@@ -477,8 +485,20 @@ fn write_header(media: &Media, header: &Header) -> Result<()> {
     Ok(())
 }
 
-/// Reads and checks both copies of the header.
+/// The words of an encoded header.
+pub(crate) fn header_words(header: &Header) -> Vec<u64> {
+    let page = header.encode();
+    page.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default())).collect()
+}
+
+/// The better of the two copies of the header, and whether both are whole and the same.
 pub(crate) fn read_header(file: &File) -> Result<(Header, bool)> {
+    let [first, second] = header_copies(file)?;
+    Header::choose(first, second)
+}
+
+/// Reads and checks both copies of the header.
+pub(crate) fn header_copies(file: &File) -> Result<[Result<Header>; 2]> {
     let len = file.metadata().map_err(|e| Error::io("fstat", &e))?.len();
     let copy = |at: u64| {
         let mut page = [0u8; PAGE as usize];
@@ -486,7 +506,7 @@ pub(crate) fn read_header(file: &File) -> Result<(Header, bool)> {
         file.read_exact_at(&mut page[..room], at).map_err(|e| Error::io("pread", &e))?;
         Header::decode(&page[..room], at, len)
     };
-    Header::choose(copy(HEADER_AT[0]), copy(HEADER_AT[1]))
+    Ok(HEADER_AT.map(copy))
 }
 
 fn check_layout(header: &Header, layout: &str) -> Result<()> {

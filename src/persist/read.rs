@@ -140,9 +140,7 @@ impl<'r> Reader<'r> {
 
     /// Calls `visit` with every live object, reachable or not; stops when it says `false`.
     pub fn for_each_object(&self, mut visit: impl FnMut(ObjectInfo) -> bool) {
-        self.pool.table.for_each(&self.pool.media, |object| {
-            visit(ObjectInfo { offset: object.offset, size: object.size, fingerprint: object.fingerprint })
-        });
+        self.pool.table.for_each(&self.pool.media, |object| visit(object.into()));
     }
 
     /// Calls `visit` with every live object of type `T`.
@@ -183,6 +181,12 @@ pub struct ObjectInfo {
     pub size: u64,
     /// Fingerprint of its type; small numbers are what the pool stores itself.
     pub fingerprint: u64,
+}
+
+impl From<super::table::Object> for ObjectInfo {
+    fn from(object: super::table::Object) -> Self {
+        Self { offset: object.offset, size: object.size, fingerprint: object.fingerprint }
+    }
 }
 
 /// The error for a root that points to nothing.

@@ -46,12 +46,17 @@ pub(crate) fn walk(
     Err(Error::corrupt(head, "a list that ends: run memory-pool check", at))
 }
 
+/// The name in a root record.
+pub(crate) fn name_of(words: &[u64]) -> Option<String> {
+    text_of(words.get(NAME_AT..)?, words[3] as usize)
+}
+
 /// Reads both lists of a pool that was just opened.
 pub(crate) fn load(inner: &Inner, lenient: bool) -> Result<()> {
     let mut names = std::collections::HashMap::new();
     let roots = walk(inner, ROOTS_HEAD, internal::ROOT, |object, words| {
         let damaged = |what| Err(Error::corrupt(object.offset, what, words[1]));
-        let Some(name) = text_of(&words[NAME_AT..], words[3] as usize) else {
+        let Some(name) = name_of(words) else {
             return damaged("the name of a root: run memory-pool check");
         };
         if words[1] != 0 && inner.live(words[1], words[2]).is_err() {
