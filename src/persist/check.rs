@@ -224,7 +224,7 @@ pub fn repair(path: impl AsRef<Path>) -> Result<CheckReport> {
 pub fn dump(path: impl AsRef<Path>, out: &mut impl fmt::Write) -> Result<()> {
     let path = path.as_ref();
     let (header, _) = read_header(&open_locked(path, Access::Read)?)?;
-    let pool = PersistentPool::open_read_only(path, &header.layout)?;
+    let pool = PersistentPool::open_any_layout(path)?;
     let survey = Survey::of(&pool.inner);
     let mut counts = std::collections::BTreeMap::<u64, (u64, u64)>::new();
     pool.inner.table.for_each(&pool.inner.media, |object| {

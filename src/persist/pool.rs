@@ -159,10 +159,20 @@ impl PersistentPool {
     /// place is finished in memory. Several may read at once, beside no writer. Where a table is damaged,
     /// what is whole can still be read.
     pub fn open_read_only(path: impl AsRef<Path>, layout: &str) -> Result<Self> {
-        let path = path.as_ref();
+        Self::open_reading(path.as_ref(), Some(layout))
+    }
+
+    /// [`open_read_only`](Self::open_read_only) whatever the layout: for tools that look at any pool.
+    pub fn open_any_layout(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_reading(path.as_ref(), None)
+    }
+
+    fn open_reading(path: &Path, layout: Option<&str>) -> Result<Self> {
         let file = open_locked(path, Access::Read)?;
         let (header, _) = read_header(&file)?;
-        check_layout(&header, layout)?;
+        if let Some(layout) = layout {
+            check_layout(&header, layout)?;
+        }
         let media = Media::map(file, header.file_len(), false, Durability::ProcessCrash)?;
         Self::assemble(media, header, Durability::ProcessCrash, path, true)
     }

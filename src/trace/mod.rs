@@ -181,7 +181,7 @@ impl<Block: Hash + Eq> Builder<Block> {
 
 #[cold]
 fn corrupt(at: usize, what: &'static str) -> Error {
-    Error::Corrupt { at: at as u64, what }
+    Error::Corrupt { at: at as u64, what, found: None }
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ fn record(kind: u8, stream: u8, id: u32, bytes: u64) -> Vec<u8> {
 
 fn fault(bytes: &[u8]) -> (u64, &'static str) {
     match Trace::parse(bytes) {
-        Err(Error::Corrupt { at, what }) => (at, what),
+        Err(Error::Corrupt { at, what, .. }) => (at, what),
         other => panic!("taken for a trace: {other:?}"),
     }
 }

@@ -1,6 +1,7 @@
 //! `memory-pool`: the program of the crate (feature `cli`).
 
 mod arguments;
+mod persistent;
 mod replay;
 
 use std::process::ExitCode;
@@ -10,12 +11,23 @@ use arguments::Arguments;
 /// A command: its name, what follows it, what it does, and the function.
 type Command = (&'static str, &'static str, &'static str, fn(Arguments) -> Result<(), Failure>);
 
-const COMMANDS: &[Command] = &[(
-    "replay",
-    replay::USAGE,
-    "replay a recorded trace on a pool: live and reserved bytes, time, calls to the source",
-    replay::run,
-)];
+const COMMANDS: &[Command] = &[
+    ("check", persistent::CHECK_USAGE, "say what is wrong in a persistent pool's file", persistent::check),
+    (
+        "repair",
+        persistent::REPAIR_USAGE,
+        "say what a repair would do; with --yes, repair what can be repaired",
+        persistent::repair,
+    ),
+    ("dump", persistent::DUMP_USAGE, "say what is in a persistent pool's file", persistent::dump),
+    ("backup", persistent::BACKUP_USAGE, "copy a pool that is not in use to a new file", persistent::backup),
+    (
+        "replay",
+        replay::USAGE,
+        "replay a recorded trace on a pool: live and reserved bytes, time, calls to the source",
+        replay::run,
+    ),
+];
 
 /// Why a command did not do what was asked.
 #[derive(Debug)]
