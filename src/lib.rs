@@ -6,6 +6,7 @@
 mod api;
 pub mod base;
 pub mod engine;
+pub mod guide;
 mod heap;
 mod manager;
 pub mod observe;
