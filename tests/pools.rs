@@ -136,6 +136,23 @@ fn pools_of_any_kind() {
 }
 
 #[test]
+fn pools_of_size_classes_by_configuration() {
+    for (name, config) in [
+        ("size classes", PoolConfig::default_cpu().allocator_type(AllocatorType::SizeClass)),
+        ("debug, size classes", PoolConfig::debug_cpu().allocator_type(AllocatorType::SizeClass)),
+    ] {
+        let subject = Subject::host(name, config.sync_type(SyncType::ThreadCached));
+        conformance::model::random_operations::<AnyPool>(&subject, &AnyPool::new);
+        conformance::rules::sizes_of_zero_are_dangling::<AnyPool>(&subject, &AnyPool::new);
+        conformance::rules::zeroed_means_zeroed::<AnyPool>(&subject, &AnyPool::new);
+        conformance::rules::live_blocks_are_listed::<AnyPool>(&subject, &AnyPool::new);
+        conformance::rules::foreign_addresses_are_recognised::<AnyPool>(&subject, &AnyPool::new);
+        conformance::threads::blocks_cross_threads::<AnyPool>(&subject, &AnyPool::new);
+        all_containers_by_handle!(AnyPool::new(subject.config).unwrap());
+    }
+}
+
+#[test]
 fn pools_with_the_debug_layer() {
     let fixed =
         Subject::host("debug, fixed", PoolConfig::debug_cpu().allocator_type(AllocatorType::FixedSize));

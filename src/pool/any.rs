@@ -7,9 +7,10 @@ use super::front::Locked;
 use super::interface::Host;
 use super::lock_free::FixedFront;
 use super::memory::HostMemory;
+use super::wrapped::Wrapped;
 use super::{BuildFront, Core, checked, inside};
 use crate::base::config::{AllocatorType, PoolConfig};
-use crate::base::error::{Error, Result};
+use crate::base::error::Result;
 use crate::engine::ranges::{InBlocks, Ranges};
 use crate::observe::{DebugLayer, Observer};
 
@@ -17,7 +18,7 @@ use crate::observe::{DebugLayer, Observer};
 ///
 /// ```
 /// use memory_pool::{AnyPool, PoolConfig};
-/// for config in [PoolConfig::fixed_size_cpu(256), PoolConfig::default_cpu()] {
+/// for config in [PoolConfig::fixed_size_cpu(256), PoolConfig::default_cpu(), PoolConfig::high_performance_cpu()] {
 ///     let pool = AnyPool::new(config)?;
 ///     let mut list = allocator_api2::vec::Vec::new_in(&pool);
 ///     list.extend([1, 2, 3]);
@@ -49,7 +50,8 @@ impl AnyPool {
             AllocatorType::FixedSize => Self::of::<FixedFront, O>(name, config, observer),
             AllocatorType::VariableSize => Self::of::<Locked<Ranges<InBlocks>>, O>(name, config, observer),
             AllocatorType::SizeClass => {
-                Err(Error::config("allocator_type", "SizeClass", "FixedSize or VariableSize"))
+                let config = checked(config, AllocatorType::SizeClass)?;
+                Ok(Self(Arc::new(Wrapped::new(name, config, observer)?)))
             }
         }
     }

@@ -24,6 +24,7 @@ mod lock_free;
 mod memory;
 mod owner;
 mod tracking;
+mod wrapped;
 
 use ::core::alloc::Layout;
 use ::core::fmt;
