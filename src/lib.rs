@@ -6,6 +6,7 @@
 mod api;
 pub mod base;
 pub mod engine;
+pub mod gpu;
 pub mod guide;
 mod heap;
 mod manager;
@@ -27,6 +28,11 @@ pub use base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
 pub use base::stack::{Frame, Stack};
 pub use base::stats::{Latency, MemoryStats};
 pub use base::transfer::{CopySource, CopyTarget};
+pub use gpu::{
+    DeviceBox, DeviceBuffer, DevicePool, DeviceSlice, DeviceSliceMut, DeviceVec, GpuDevice, GpuEvent,
+    GpuPool, Graph, HostAccessible, ManagedBuffer, ManagedPool, PinnedBuffer, PinnedPool, SimConfig, Stream,
+    Transfer,
+};
 pub use heap::stats::{ClassStats, HeapStats};
 pub use manager::{Managed, ManagerStats, PoolManager, PoolSummary, allocate, allocate_in};
 pub use observe::DebugLayer;

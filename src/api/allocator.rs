@@ -13,6 +13,7 @@ use core::ptr::NonNull;
 use super::named::PoolRef;
 use crate::base::error::Result;
 use crate::base::host::{HostPool, dangling};
+use crate::gpu::{GpuPool, HostAccessible};
 use crate::observe::Observer;
 use crate::persist::PersistentPool;
 use crate::pool::{AnyPool, Front, LocalPool, Pool, PoolEngine};
@@ -181,4 +182,5 @@ allocators! {
     [] crate::pool::CpuPool;
     [] super::global::GlobalPool;
     [] PersistentPool;
+    [K: HostAccessible] GpuPool<K>;
 }

@@ -200,9 +200,16 @@ impl PoolConfig {
         }
     }
 
-    /// Device memory, any size, ordered by stream.
+    /// Device memory, any size, ordered by stream; each growth takes what is missing, for device memory is
+    /// scarce.
     pub fn default_gpu() -> Self {
-        Self { stream_ordered: true, alignment: 256, min_block_size: 512, ..Self::default_cpu() }
+        Self {
+            stream_ordered: true,
+            alignment: 256,
+            min_block_size: 512,
+            growth_factor: 1.0,
+            ..Self::default_cpu()
+        }
     }
 
     /// Blocks of `block_size` bytes on the host.

@@ -95,6 +95,15 @@ pub enum OomReason {
     NoGrow,
     /// Larger than one block of this pool can ever be; that size in bytes.
     TooLarge(usize),
+    /// The device's memory; who holds it, in bytes.
+    Device {
+        /// Live in this pool.
+        live: usize,
+        /// Free in this pool, in pieces too small or still in use by the device.
+        idle: usize,
+        /// Free on the device.
+        free: usize,
+    },
     /// Size and alignment together overflow the address space.
     Overflow,
 }
@@ -328,6 +337,11 @@ impl fmt::Display for OomReason {
                 f.write_str("nothing that fits is free; reserve it before, or allow growth (no NO_GROW)")
             }
             Self::TooLarge(max) => write!(f, "this pool serves at most {max}; use a variable pool"),
+            Self::Device { live, idle, free } => write!(
+                f,
+                "this pool holds {live} live and {idle} idle, the device has {free} free; drop buffers, or \
+                 look at print_allocated_blocks"
+            ),
             Self::Overflow => f.write_str("more than the address space holds; check the size computation"),
         }
     }
@@ -392,6 +406,7 @@ mod tests {
             Error::oom(1, OomReason::Limit(2)),
             Error::oom(1, OomReason::PoolFull(2)),
             Error::oom(1, OomReason::Fixed(2)),
+            Error::oom(1, OomReason::Device { live: 1, idle: 2, free: 3 }),
             Error::oom(1, OomReason::NoGrow),
             Error::oom(1, OomReason::TooLarge(2)),
             Error::oom(1, OomReason::Overflow),

@@ -25,6 +25,7 @@ use crate::base::config::PoolConfig;
 use crate::base::error::{Error, Refusal, Result, ShortText};
 use crate::base::pool::MemoryPool;
 use crate::base::report;
+use crate::gpu::{GpuPool, MemoryKind};
 use crate::observe::Observer;
 use crate::pool::{AnyPool, Front, Pool};
 use crate::source::Source;
@@ -45,6 +46,10 @@ pub trait Managed: MemoryPool + Clone + 'static {
 
 impl Managed for AnyPool {
     const KIND: &'static str = "cpu";
+}
+
+impl<K: MemoryKind> Managed for GpuPool<K> {
+    const KIND: &'static str = "gpu";
 }
 
 impl<F, S, O> Managed for Pool<F, S, O>

@@ -1,0 +1,449 @@
+//! A real card, through the CUDA driver.
+//!
+//! Every call makes the device's context current if it is not, and restores what was: a library must not
+//! change the calling thread's context behind the program's back. Calls that a graph capture in progress
+//! anywhere in the process would forbid (allocation, queries) run in the relaxed capture mode, since none of
+//! them belongs to the captured work.
+
+mod api;
+
+use core::ffi::{c_int, c_void};
+use core::fmt;
+use core::ptr::null_mut;
+use std::any::Any;
+
+use api::{AccessDesc, AllocationProp, Api, Code, Location, Opaque, api, check};
+
+use super::{Capture, Driver, Handle, Info, RawEvent, RawGraph, RawStream, Space};
+use crate::base::error::{Error, Result};
+
+const NOT_READY: Code = 600;
+const PEER_ALREADY_ENABLED: Code = 704;
+
+const ATTRIBUTE_CONCURRENT_MANAGED: c_int = 89;
+const ATTRIBUTE_VIRTUAL_MEMORY: c_int = 102;
+
+/// How many CUDA devices there are.
+pub(crate) fn device_count() -> Result<usize> {
+    let mut count = 0;
+    // SAFETY: `count` outlives the call.
+    check(unsafe { (api()?.device_count)(&mut count) }, "cuDeviceGetCount")?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
+/// One card.
+pub(crate) struct CudaDevice {
+    api: &'static Api,
+    device: c_int,
+    context: Opaque,
+    /// Whether the primary context was retained here and is released at the end.
+    retained: bool,
+    /// Keeps somebody else's context alive.
+    _keep: Option<Box<dyn Any + Send + Sync>>,
+    info: Info,
+}
+
+// SAFETY: the driver's objects may be used from any thread.
+unsafe impl Send for CudaDevice {}
+// SAFETY: as above.
+unsafe impl Sync for CudaDevice {}
+
+impl fmt::Debug for CudaDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CudaDevice").field("name", &self.info.name).finish_non_exhaustive()
+    }
+}
+
+/// Makes a context current while it lives.
+struct Current<'a> {
+    api: &'a Api,
+    pushed: bool,
+}
+
+impl Drop for Current<'_> {
+    fn drop(&mut self) {
+        if self.pushed {
+            let mut popped = null_mut();
+            // SAFETY: pops what was pushed on this thread.
+            unsafe { (self.api.context_pop)(&mut popped) };
+        }
+    }
+}
+
+/// Lets a call through that a capture on some other stream would forbid.
+struct Relaxed<'a> {
+    api: &'a Api,
+    mode: c_int,
+}
+
+impl<'a> Relaxed<'a> {
+    fn new(api: &'a Api) -> Self {
+        const RELAXED: c_int = 2;
+        let mut mode = RELAXED;
+        // SAFETY: swaps a thread's setting with `mode`, which outlives the call.
+        unsafe { (api.exchange_capture_mode)(&mut mode) };
+        Self { api, mode }
+    }
+}
+
+impl Drop for Relaxed<'_> {
+    fn drop(&mut self) {
+        // SAFETY: restores the thread's setting.
+        unsafe { (self.api.exchange_capture_mode)(&mut self.mode) };
+    }
+}
+
+fn stream(raw: RawStream) -> Opaque {
+    raw.0 as Opaque
+}
+
+fn event(raw: RawEvent) -> Opaque {
+    raw.0 as Opaque
+}
+
+impl CudaDevice {
+    /// The card of this number, over its primary context.
+    pub(crate) fn open(ordinal: usize) -> Result<Self> {
+        let api = api()?;
+        let device = Self::device(api, ordinal)?;
+        let mut context = null_mut();
+        // SAFETY: `device` was named by the driver, `context` outlives the call.
+        check(unsafe { (api.primary_retain)(&mut context, device) }, "cuDevicePrimaryCtxRetain")?;
+        Self::over(api, device, ordinal, context, true, None)
+    }
+
+    /// The card of this number, over a context that somebody else owns.
+    ///
+    /// # Safety
+    /// `context` belongs to the device `ordinal` and lives as long as `keep`.
+    pub(crate) unsafe fn adopt(
+        ordinal: usize,
+        context: *mut c_void,
+        keep: Box<dyn Any + Send + Sync>,
+    ) -> Result<Self> {
+        let api = api()?;
+        let device = Self::device(api, ordinal)?;
+        Self::over(api, device, ordinal, context, false, Some(keep))
+    }
+
+    fn device(api: &Api, ordinal: usize) -> Result<c_int> {
+        let available = device_count()?;
+        if ordinal >= available {
+            return Err(Error::NoDevice { ordinal, available });
+        }
+        let mut device = 0;
+        // SAFETY: `device` outlives the call.
+        check(unsafe { (api.device_get)(&mut device, ordinal as c_int) }, "cuDeviceGet")?;
+        Ok(device)
+    }
+
+    fn over(
+        api: &'static Api,
+        device: c_int,
+        ordinal: usize,
+        context: Opaque,
+        retained: bool,
+        keep: Option<Box<dyn Any + Send + Sync>>,
+    ) -> Result<Self> {
+        let info = Info {
+            name: String::new(),
+            ordinal,
+            simulated: false,
+            total_memory: 0,
+            vmm_granularity: None,
+            concurrent_managed: false,
+            watches_blocks: false,
+        };
+        // From here on the value releases what was retained.
+        let mut this = Self { api, device, context, retained, _keep: keep, info };
+        let mut name = [0u8; 128];
+        // SAFETY: the buffer is as long as stated.
+        let named = unsafe { (api.device_name)(name.as_mut_ptr().cast(), name.len() as c_int, device) };
+        check(named, "cuDeviceGetName")?;
+        let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
+        this.info.name = String::from_utf8_lossy(&name[..end]).into_owned();
+        // SAFETY: the field outlives the call.
+        let total = unsafe { (api.device_total_memory)(&mut this.info.total_memory, device) };
+        check(total, "cuDeviceTotalMem")?;
+        this.info.concurrent_managed = this.attribute(ATTRIBUTE_CONCURRENT_MANAGED) == 1;
+        if this.attribute(ATTRIBUTE_VIRTUAL_MEMORY) == 1 {
+            let current = this.current()?;
+            let mut granularity = 0;
+            // SAFETY: both arguments outlive the call.
+            let asked = unsafe { (api.granularity)(&mut granularity, &this.prop(), 0) };
+            drop(current);
+            this.info.vmm_granularity = (asked == 0 && granularity.is_power_of_two()).then_some(granularity);
+        }
+        Ok(this)
+    }
+
+    fn attribute(&self, attribute: c_int) -> c_int {
+        let mut value = 0;
+        // SAFETY: `value` outlives the call. An attribute that the driver does not know leaves it 0.
+        unsafe { (self.api.device_attribute)(&mut value, attribute, self.device) };
+        value
+    }
+
+    fn prop(&self) -> AllocationProp {
+        const PINNED: c_int = 1;
+        AllocationProp {
+            kind: PINNED,
+            requested_handles: 0,
+            location: self.location(),
+            win32: null_mut(),
+            flags: [0; 8],
+        }
+    }
+
+    fn location(&self) -> Location {
+        const DEVICE: c_int = 1;
+        Location { kind: DEVICE, id: self.device }
+    }
+
+    /// The raw `CUcontext`.
+    pub(crate) fn context(&self) -> *mut c_void {
+        self.context
+    }
+
+    fn current(&self) -> Result<Current<'_>> {
+        let mut context = null_mut();
+        // SAFETY: `context` outlives the call.
+        check(unsafe { (self.api.context_get)(&mut context) }, "cuCtxGetCurrent")?;
+        let pushed = context != self.context;
+        if pushed {
+            // SAFETY: the context lives as long as `self`.
+            check(unsafe { (self.api.context_push)(self.context) }, "cuCtxPushCurrent")?;
+        }
+        Ok(Current { api: self.api, pushed })
+    }
+
+    /// A call that needs the context.
+    fn call(&self, name: &'static str, call: impl FnOnce(&Api) -> Code) -> Result<()> {
+        let _current = self.current()?;
+        check(call(self.api), name)
+    }
+
+    /// A call that belongs to no capture.
+    fn relaxed(&self, name: &'static str, call: impl FnOnce(&Api) -> Code) -> Result<()> {
+        let _current = self.current()?;
+        let _relaxed = Relaxed::new(self.api);
+        check(call(self.api), name)
+    }
+
+    fn ask(&self, name: &'static str, call: impl FnOnce(&Api) -> Code) -> Result<bool> {
+        match self.relaxed(name, call) {
+            Ok(()) => Ok(true),
+            Err(Error::Cuda { code: NOT_READY, .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        if self.retained {
+            // SAFETY: retained once, released once.
+            unsafe { (self.api.primary_release)(self.device) };
+        }
+    }
+}
+
+// In each method below:
+// SAFETY: pointers given to the driver are to locals that outlive the call; streams, events, handles and
+// addresses are what the driver handed out, or what the caller vouches for.
+#[allow(clippy::undocumented_unsafe_blocks, reason = "one argument for all of them, stated above")]
+unsafe impl Driver for CudaDevice {
+    fn info(&self) -> &Info {
+        &self.info
+    }
+
+    fn memory_info(&self) -> Result<(usize, usize)> {
+        let (mut free, mut total) = (0, 0);
+        self.relaxed("cuMemGetInfo", |api| unsafe { (api.memory_info)(&mut free, &mut total) })?;
+        Ok((free, total))
+    }
+
+    fn alloc(&self, space: Space, bytes: usize) -> Result<usize> {
+        const PORTABLE: u32 = 1;
+        const WRITE_COMBINED: u32 = 4;
+        const ATTACH_GLOBAL: u32 = 1;
+        let mut at = 0u64;
+        match space {
+            Space::Device => self.relaxed("cuMemAlloc", |api| unsafe { (api.alloc)(&mut at, bytes) })?,
+            Space::Managed => self.relaxed("cuMemAllocManaged", |api| unsafe {
+                (api.alloc_managed)(&mut at, bytes, ATTACH_GLOBAL)
+            })?,
+            Space::Pinned { write_combined } => {
+                let flags = PORTABLE | if write_combined { WRITE_COMBINED } else { 0 };
+                let mut host = null_mut();
+                self.relaxed("cuMemHostAlloc", |api| unsafe { (api.alloc_host)(&mut host, bytes, flags) })?;
+                at = host as u64;
+            }
+        }
+        Ok(at as usize)
+    }
+
+    unsafe fn free(&self, space: Space, addr: usize) -> Result<()> {
+        match space {
+            Space::Device | Space::Managed => {
+                self.relaxed("cuMemFree", |api| unsafe { (api.free)(addr as u64) })
+            }
+            Space::Pinned { .. } => {
+                self.relaxed("cuMemFreeHost", |api| unsafe { (api.free_host)(addr as *mut c_void) })
+            }
+        }
+    }
+
+    fn reserve_va(&self, bytes: usize) -> Result<usize> {
+        let mut at = 0;
+        self.relaxed("cuMemAddressReserve", |api| unsafe { (api.va_reserve)(&mut at, bytes, 0, 0, 0) })?;
+        Ok(at as usize)
+    }
+
+    unsafe fn free_va(&self, addr: usize, bytes: usize) -> Result<()> {
+        self.relaxed("cuMemAddressFree", |api| unsafe { (api.va_free)(addr as u64, bytes) })
+    }
+
+    fn create_handle(&self, bytes: usize) -> Result<Handle> {
+        let mut handle = 0;
+        let prop = self.prop();
+        self.relaxed("cuMemCreate", |api| unsafe { (api.handle_create)(&mut handle, bytes, &prop, 0) })?;
+        Ok(Handle(handle))
+    }
+
+    unsafe fn release_handle(&self, handle: Handle) -> Result<()> {
+        self.relaxed("cuMemRelease", |api| unsafe { (api.handle_release)(handle.0) })
+    }
+
+    unsafe fn map(&self, addr: usize, bytes: usize, handle: Handle) -> Result<()> {
+        const READ_WRITE: c_int = 3;
+        let at = addr as u64;
+        self.relaxed("cuMemMap", |api| unsafe { (api.handle_map)(at, bytes, 0, handle.0, 0) })?;
+        let access = AccessDesc { location: self.location(), flags: READ_WRITE };
+        let shown = self.relaxed("cuMemSetAccess", |api| unsafe { (api.set_access)(at, bytes, &access, 1) });
+        if shown.is_err() {
+            self.relaxed("cuMemUnmap", |api| unsafe { (api.handle_unmap)(at, bytes) })?;
+        }
+        shown
+    }
+
+    unsafe fn unmap(&self, addr: usize, bytes: usize) -> Result<()> {
+        self.relaxed("cuMemUnmap", |api| unsafe { (api.handle_unmap)(addr as u64, bytes) })
+    }
+
+    fn stream_create(&self) -> Result<RawStream> {
+        const NON_BLOCKING: u32 = 1;
+        let mut made = null_mut();
+        self.relaxed("cuStreamCreate", |api| unsafe { (api.stream_create)(&mut made, NON_BLOCKING) })?;
+        Ok(RawStream(made as usize))
+    }
+
+    unsafe fn stream_destroy(&self, raw: RawStream) -> Result<()> {
+        self.relaxed("cuStreamDestroy", |api| unsafe { (api.stream_destroy)(stream(raw)) })
+    }
+
+    fn stream_sync(&self, raw: RawStream) -> Result<()> {
+        self.relaxed("cuStreamSynchronize", |api| unsafe { (api.stream_sync)(stream(raw)) })
+    }
+
+    fn stream_query(&self, raw: RawStream) -> Result<bool> {
+        self.ask("cuStreamQuery", |api| unsafe { (api.stream_query)(stream(raw)) })
+    }
+
+    fn stream_wait(&self, raw: RawStream, after: RawEvent) -> Result<()> {
+        self.call("cuStreamWaitEvent", |api| unsafe { (api.stream_wait)(stream(raw), event(after), 0) })
+    }
+
+    fn device_sync(&self) -> Result<()> {
+        self.relaxed("cuCtxSynchronize", |api| unsafe { (api.context_sync)() })
+    }
+
+    fn event_create(&self) -> Result<RawEvent> {
+        const DISABLE_TIMING: u32 = 2;
+        let mut made = null_mut();
+        self.relaxed("cuEventCreate", |api| unsafe { (api.event_create)(&mut made, DISABLE_TIMING) })?;
+        Ok(RawEvent(made as usize))
+    }
+
+    unsafe fn event_destroy(&self, raw: RawEvent) -> Result<()> {
+        self.relaxed("cuEventDestroy", |api| unsafe { (api.event_destroy)(event(raw)) })
+    }
+
+    fn event_record(&self, raw: RawEvent, on: RawStream) -> Result<()> {
+        self.call("cuEventRecord", |api| unsafe { (api.event_record)(event(raw), stream(on)) })
+    }
+
+    fn event_query(&self, raw: RawEvent) -> Result<bool> {
+        self.ask("cuEventQuery", |api| unsafe { (api.event_query)(event(raw)) })
+    }
+
+    fn event_sync(&self, raw: RawEvent) -> Result<()> {
+        self.relaxed("cuEventSynchronize", |api| unsafe { (api.event_sync)(event(raw)) })
+    }
+
+    unsafe fn copy(&self, dst: usize, src: usize, bytes: usize, on: RawStream) -> Result<()> {
+        self.call("cuMemcpyAsync", |api| unsafe { (api.copy)(dst as u64, src as u64, bytes, stream(on)) })
+    }
+
+    unsafe fn fill(&self, dst: usize, byte: u8, bytes: usize, on: RawStream) -> Result<()> {
+        self.call("cuMemsetD8Async", |api| unsafe { (api.fill)(dst as u64, byte, bytes, stream(on)) })
+    }
+
+    fn host_call(&self, on: RawStream, run: Box<dyn FnOnce() + Send>) -> Result<()> {
+        unsafe extern "C" fn trampoline(data: *mut c_void) {
+            // SAFETY: the pointer below, which the driver hands over exactly once.
+            let run = unsafe { Box::from_raw(data.cast::<Box<dyn FnOnce() + Send>>()) };
+            // A panic must not cross into the driver.
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+        }
+        let data = Box::into_raw(Box::new(run));
+        let issued = self
+            .call("cuLaunchHostFunc", |api| unsafe { (api.host_call)(stream(on), trampoline, data.cast()) });
+        if issued.is_err() {
+            drop(unsafe { Box::from_raw(data) });
+        }
+        issued
+    }
+
+    fn capture_state(&self, raw: RawStream) -> Result<Capture> {
+        let mut state = 0;
+        self.call("cuStreamIsCapturing", |api| unsafe { (api.is_capturing)(stream(raw), &mut state) })?;
+        Ok(if state == 0 { Capture::None } else { Capture::Active })
+    }
+
+    fn begin_capture(&self, raw: RawStream) -> Result<()> {
+        const THREAD_LOCAL: c_int = 1;
+        self.call("cuStreamBeginCapture", |api| unsafe { (api.begin_capture)(stream(raw), THREAD_LOCAL) })
+    }
+
+    fn end_capture(&self, raw: RawStream) -> Result<RawGraph> {
+        let mut graph = null_mut();
+        self.call("cuStreamEndCapture", |api| unsafe { (api.end_capture)(stream(raw), &mut graph) })?;
+        let mut exec = null_mut();
+        let made =
+            self.relaxed("cuGraphInstantiate", |api| unsafe { (api.graph_instantiate)(&mut exec, graph, 0) });
+        self.relaxed("cuGraphDestroy", |api| unsafe { (api.graph_destroy)(graph) })?;
+        made.map(|()| RawGraph(exec as usize))
+    }
+
+    fn graph_launch(&self, graph: RawGraph, on: RawStream) -> Result<()> {
+        self.call("cuGraphLaunch", |api| unsafe { (api.graph_launch)(graph.0 as Opaque, stream(on)) })
+    }
+
+    unsafe fn graph_destroy(&self, graph: RawGraph) -> Result<()> {
+        self.relaxed("cuGraphExecDestroy", |api| unsafe { (api.graph_exec_destroy)(graph.0 as Opaque) })
+    }
+
+    fn enable_peer(&self, other: &dyn Driver) -> Result<()> {
+        let call = "cuCtxEnablePeerAccess";
+        let Some(other) = other.cuda() else { return Err(Error::Cuda { code: 1, call }) };
+        match self.call(call, |api| unsafe { (api.enable_peer)(other.context, 0) }) {
+            Err(Error::Cuda { code: PEER_ALREADY_ENABLED, .. }) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn cuda(&self) -> Option<&CudaDevice> {
+        Some(self)
+    }
+}

@@ -1,0 +1,39 @@
+//! Device, pinned and managed memory: pools ordered by stream, and typed memory from them.
+//!
+//! ```text
+//!   DeviceBuffer, DeviceVec, PinnedBuffer …      buffer, vec, host     typed, freed by ticket
+//!   GpuPool<K>                                   pool                  handles, growth, the memory ladder
+//!   Core = zones of Ranges + Order               core, ranges, order   under one lock; plain numbers
+//!   Driver                                       driver/{cuda, sim}    a card, or a simulated one
+//! ```
+//! A free range belongs to the stream that freed it; who else wants it waits for one event, recorded when it
+//! is wanted. `order` says how, `driver::sim` finds out when it goes wrong.
+
+mod buffer;
+mod capture;
+mod core;
+mod device;
+pub(crate) mod driver;
+mod host;
+#[cfg(feature = "cuda")]
+mod interop;
+mod kind;
+mod order;
+#[cfg(test)]
+mod order_tests;
+mod pool;
+mod ranges;
+mod stream;
+mod vec;
+
+pub use buffer::{AsDeviceSlice, DeviceBuffer, DeviceSlice, DeviceSliceMut};
+pub use capture::{Capture, Graph};
+pub use device::GpuDevice;
+pub use driver::sim::{Hazard, HazardKind, SimConfig, SimMemory, Simulation, Touch};
+pub use host::{HostBuffer, ManagedBuffer, PinnedBuffer, Transfer};
+#[cfg(feature = "cuda")]
+pub use interop::{CudaBuffer, copy_from_cuda};
+pub use kind::{Device, HostAccessible, Managed, MemoryKind, Pinned};
+pub use pool::{DevicePool, GpuPool, ManagedPool, PinnedPool};
+pub use stream::{GpuEvent, Stream, StreamScope};
+pub use vec::{DeviceBox, DeviceVec};

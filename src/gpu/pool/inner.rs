@@ -1,0 +1,438 @@
+//! What all handles of a pool share, whatever its kind: placing, freeing, growing and giving back.
+//!
+//! Who locks what: `core` guards the books; driver calls that order streams are made under it, those that
+//! take or give memory are not. `growth` is held by the one thread that asks the driver for memory; it is
+//! taken before `core`, never after.
+
+use core::alloc::Layout;
+use std::sync::Arc;
+
+use super::super::core::{Ask, Core, Placed, Ticket};
+use super::super::device::{GpuDevice, Member};
+use super::super::driver::Space;
+use super::super::ranges::CLEAN;
+use super::super::stream::Stream;
+use super::source::Source;
+use crate::base::bits::round_up;
+use crate::base::config::{AllocatorType, PoolConfig};
+use crate::base::error::{Error, OomReason, Result};
+use crate::base::pool::{AllocFlags, MemoryType};
+use crate::base::sync::Lock;
+
+/// Asked when memory is short, outside all locks; `true` means that something was freed.
+pub(super) type OomCallback = dyn Fn(Layout) -> bool + Send + Sync;
+
+/// Least bytes to take from the driver at once, unless a limit says otherwise.
+const MIN_GROWTH: usize = 2 << 20;
+/// Pools that may hold less than this are not divided into zones.
+const MIN_ZONED: usize = 64 << 20;
+
+pub(in crate::gpu) struct Inner {
+    pub(in crate::gpu) device: GpuDevice,
+    source: Source,
+    pub(super) config: PoolConfig,
+    pub(super) name: String,
+    pub(in crate::gpu) core: Lock<Core>,
+    growth: Lock<()>,
+    pub(super) stream: Lock<Stream>,
+    pub(super) callback: Lock<Option<Arc<OomCallback>>>,
+    /// Whether the device wants to hear of blocks.
+    watched: bool,
+}
+
+impl Inner {
+    pub(super) fn new(
+        device: &GpuDevice,
+        name: &str,
+        config: PoolConfig,
+        memory_type: MemoryType,
+        space: Space,
+    ) -> Result<Arc<Self>> {
+        config.validate()?;
+        let fixed = config.allocator_type == AllocatorType::FixedSize;
+        // The CPU's small values need no 512 bytes each.
+        let shift = if memory_type == MemoryType::Gpu { 9 } else { 6 };
+        let core = Core::new(shift, fixed || config.max_size < MIN_ZONED, config.track_stats);
+        let inner = Arc::new(Self {
+            device: device.clone(),
+            source: Source::new(device, space, config.max_size),
+            name: name.into(),
+            core: Lock::new(core),
+            growth: Lock::default(),
+            stream: Lock::new(device.default_stream()),
+            callback: Lock::default(),
+            watched: device.0.driver.info().watches_blocks,
+            config,
+        });
+        let member: Arc<dyn Member> = inner.clone();
+        device.0.join(Arc::downgrade(&member));
+        if inner.config.initial_size != 0 {
+            inner.reserve(inner.config.initial_size)?;
+        }
+        Ok(inner)
+    }
+
+    /// The size that a request takes, before rounding to granules.
+    fn rounded(&self, bytes: usize) -> Option<usize> {
+        if self.config.allocator_type != AllocatorType::FixedSize {
+            return Some(bytes.max(1));
+        }
+        bytes.max(1).checked_next_multiple_of(self.config.block_size)
+    }
+
+    /// A block for work on `stream`, or for the CPU. `bytes` is not 0.
+    pub(in crate::gpu) fn take(
+        self: &Arc<Self>,
+        bytes: usize,
+        align: usize,
+        stream: Option<&Stream>,
+        flags: AllocFlags,
+    ) -> Result<Placed> {
+        let align = align.max(self.config.alignment);
+        let rounded = self.rounded(bytes).filter(|&size| size <= isize::MAX as usize);
+        let Some(rounded) = rounded else { return Err(Error::oom(bytes, OomReason::Overflow)) };
+        if let Some(stream) = stream {
+            self.accept(stream)?;
+        }
+        let mut core = self.core.lock();
+        let lane = self.lane(&mut core, stream)?;
+        let ask = Ask { bytes: rounded, align, lane };
+        let driver = &*self.device.0.driver;
+        let placed = match core.place(ask) {
+            Some(placed) => placed,
+            None => match core.place_slow(driver, ask) {
+                Some(placed) => placed,
+                None => {
+                    drop(core);
+                    self.take_growing(ask, flags)?
+                }
+            },
+        };
+        if self.watched {
+            driver.block_taken(placed.start, placed.len, stream.map(Stream::raw));
+        }
+        Ok(placed)
+    }
+
+    /// Says no to streams that cannot order this pool's memory.
+    #[inline]
+    pub(in crate::gpu) fn accept(&self, stream: &Stream) -> Result<()> {
+        self.device.must_be(stream.device(), 0)?;
+        stream.check_thread()?;
+        if stream.is_foreign() && stream.session().is_none() {
+            // Somebody else's capture has no end that we would hear of.
+            stream.refuse_capture()?;
+        }
+        Ok(())
+    }
+
+    fn lane(self: &Arc<Self>, core: &mut Core, stream: Option<&Stream>) -> Result<u16> {
+        let Some(stream) = stream else { return Ok(CLEAN) };
+        match stream.session() {
+            None => core.lane_for(stream),
+            Some(session) => {
+                // The graph will need this memory as long as it lives.
+                session.keep(self.clone());
+                core.capture_lane(session.id)
+            }
+        }
+    }
+
+    /// A block that the pool has no room for: memory is taken from the driver, and when that has none, out of
+    /// hiding, in the order of what it costs.
+    #[cold]
+    fn take_growing(&self, ask: Ask, flags: AllocFlags) -> Result<Placed> {
+        if flags.contains(AllocFlags::NO_GROW) {
+            self.core.lock().failed();
+            return Err(Error::oom(ask.bytes, OomReason::NoGrow));
+        }
+        loop {
+            let error = match self.grow(ask) {
+                Ok(placed) => return Ok(placed),
+                Err(error @ Error::OutOfMemory { .. }) => error,
+                Err(error) => {
+                    self.core.lock().failed();
+                    return Err(error);
+                }
+            };
+            // Deferred frees: what is freed already, once its work is complete.
+            self.wait_for_frees();
+            if let Some(placed) = self.core.lock().place_slow(&*self.device.0.driver, ask) {
+                return Ok(placed);
+            }
+            // Idle memory in the wrong places: here, then in the other pools of the device.
+            let mut freed = self.release_idle(0);
+            if freed != 0
+                && let Ok(placed) = self.grow(ask)
+            {
+                return Ok(placed);
+            }
+            self.device.0.each_member(|member| freed += member.give_back());
+            if freed != 0
+                && let Ok(placed) = self.grow(ask)
+            {
+                return Ok(placed);
+            }
+            let callback = self.callback.lock().clone();
+            let layout = Layout::from_size_align(ask.bytes, ask.align)?;
+            if !callback.is_some_and(|callback| callback(layout)) {
+                self.core.lock().failed();
+                return Err(error);
+            }
+            if let Some(placed) = self.core.lock().place_slow(&*self.device.0.driver, ask) {
+                return Ok(placed);
+            }
+        }
+    }
+
+    /// Waits until the work behind every free so far is complete.
+    pub(super) fn wait_for_frees(&self) {
+        let driver = &*self.device.0.driver;
+        let events = {
+            let mut core = self.core.lock();
+            core.seal_all(driver);
+            core.order.last_events()
+        };
+        for event in events {
+            // An event that cannot be waited for is asked for again by `settle`.
+            let _ = driver.event_sync(event);
+        }
+        self.core.lock().settle(driver);
+    }
+
+    /// Takes memory from the driver and cuts the block from it before anybody else sees it.
+    fn grow(&self, ask: Ask) -> Result<Placed> {
+        let _ticket = self.growth.lock();
+        let driver = &*self.device.0.driver;
+        let (need, want) = {
+            let mut core = self.core.lock();
+            // Another thread may have grown the pool, or freed something, meanwhile.
+            if let Some(placed) = core.place(ask) {
+                return Ok(placed);
+            }
+            let sizes = self.growth_sizes(core.segment_for(ask), core.reserved, ask)?;
+            core.growing = sizes.1;
+            sizes
+        };
+        let taken = self.take_from_driver(need, want);
+        let mut core = self.core.lock();
+        core.growing = 0;
+        let (start, len) = taken.map_err(|error| self.out_of_memory(&core, ask.bytes, error))?;
+        if core.add(start, len)
+            && let Some(placed) = core.place(ask).or_else(|| core.place_slow(driver, ask))
+        {
+            return Ok(placed);
+        }
+        if !core.owns(start) {
+            drop(core);
+            // SAFETY: just taken, and not noted anywhere.
+            let _ = unsafe { self.source.give(driver, start) };
+        }
+        // The host has no memory for the books.
+        Err(Error::oom(ask.bytes, OomReason::Source))
+    }
+
+    /// Least and wanted bytes to grow by.
+    fn growth_sizes(&self, segment: usize, reserved: usize, ask: Ask) -> Result<(usize, usize)> {
+        let overflow = Error::oom(ask.bytes, OomReason::Overflow);
+        // Segments begin at multiples of a page at least.
+        let slack = if ask.align > 4096 { ask.align } else { 0 };
+        let exact = segment.checked_add(slack).and_then(|sum| round_up(sum, 512)).ok_or(overflow)?;
+        let usual = round_up(exact, MIN_GROWTH).ok_or(overflow)?;
+        let share = (reserved as f64 * (self.config.growth_factor - 1.0)) as usize;
+        let room = self.config.max_size.saturating_sub(reserved) & !511;
+        if exact > room {
+            return Err(Error::oom(ask.bytes, OomReason::Limit(self.config.max_size)));
+        }
+        let want = usual.max(share & !(MIN_GROWTH - 1)).min(room);
+        Ok((exact, want.max(exact)))
+    }
+
+    /// At least `need` and if possible `want` bytes, with no lock of the books held.
+    fn take_from_driver(&self, need: usize, want: usize) -> Result<(usize, usize)> {
+        match self.source.take(&*self.device.0.driver, want) {
+            Err(_) if need < want => self.source.take(&*self.device.0.driver, need),
+            taken => taken,
+        }
+    }
+
+    /// The driver's refusal, as an error that says who holds what.
+    fn out_of_memory(&self, core: &Core, requested: usize, error: Error) -> Error {
+        const OUT_OF_MEMORY: i32 = 2;
+        match error {
+            Error::Cuda { code: OUT_OF_MEMORY, .. } => {
+                let free = self.device.memory_info().map_or(0, |(free, _)| free);
+                let reason = OomReason::Device { live: core.live, idle: core.free_bytes(), free };
+                Error::oom(requested, reason)
+            }
+            other => other,
+        }
+    }
+
+    /// Frees a block on `stream`, or for the CPU.
+    pub(in crate::gpu) fn give(
+        self: &Arc<Self>,
+        ticket: Ticket,
+        start: usize,
+        len: usize,
+        stream: Option<&Stream>,
+    ) {
+        let driver = &*self.device.0.driver;
+        if self.watched {
+            driver.block_freed(start, len);
+        }
+        let mut core = self.core.lock();
+        // No lane is to be had only while 4094 streams are in use: then the device is waited for instead.
+        let lane = match self.lane(&mut core, stream) {
+            Ok(lane) => lane,
+            Err(_) => {
+                let _ = driver.device_sync();
+                CLEAN
+            }
+        };
+        core.free(driver, ticket, lane);
+    }
+
+    /// Grows a block where it is, into what its stream (or the CPU) may use; returns its size then.
+    pub(in crate::gpu) fn grow_in_place(
+        self: &Arc<Self>,
+        ticket: Ticket,
+        bytes: usize,
+        stream: Option<&Stream>,
+    ) -> Option<usize> {
+        let bytes = self.rounded(bytes)?;
+        let mut core = self.core.lock();
+        let lane = self.lane(&mut core, stream).ok()?;
+        let (start, before, len) = core.grow(ticket, bytes, lane)?;
+        if self.watched && len > before {
+            self.device.0.driver.block_taken(start + before, len - before, stream.map(Stream::raw));
+        }
+        Some(len)
+    }
+
+    /// Notes that work on `stream` uses a live block too.
+    pub(in crate::gpu) fn share(self: &Arc<Self>, ticket: Ticket, stream: &Stream) -> Result<()> {
+        self.accept(stream)?;
+        let mut core = self.core.lock();
+        let lane = self.lane(&mut core, Some(stream))?;
+        core.share(ticket, lane);
+        Ok(())
+    }
+
+    /// All work that was noted with [`share`](Self::share) is complete.
+    pub(in crate::gpu) fn unshare(&self, ticket: Ticket) {
+        self.core.lock().unshare(ticket);
+    }
+
+    /// Makes `bytes` available in one piece without a further call to the driver.
+    pub(super) fn reserve(&self, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let overflow = Error::oom(bytes, OomReason::Overflow);
+        let ask = Ask { bytes: self.rounded(bytes).ok_or(overflow)?, align: 1, lane: CLEAN };
+        let _ticket = self.growth.lock();
+        let driver = &*self.device.0.driver;
+        let (need, want) = {
+            let mut core = self.core.lock();
+            core.settle(driver);
+            if core.has_clean(ask.bytes) {
+                return Ok(());
+            }
+            self.growth_sizes(ask.bytes, core.reserved, ask)?
+        };
+        let taken = self.take_from_driver(need, want);
+        let mut core = self.core.lock();
+        let (start, len) = taken.map_err(|error| self.out_of_memory(&core, bytes, error))?;
+        if !core.add(start, len) {
+            drop(core);
+            // SAFETY: just taken, and not noted anywhere.
+            let _ = unsafe { self.source.give(driver, start) };
+            return Err(Error::oom(bytes, OomReason::Source));
+        }
+        Ok(())
+    }
+
+    /// Gives idle segments back until at most `keep` free bytes are left; returns the bytes given back.
+    pub(super) fn release_idle(&self, keep: usize) -> usize {
+        let driver = &*self.device.0.driver;
+        let mut given = 0;
+        {
+            let mut core = self.core.lock();
+            core.seal_all(driver);
+            core.settle(driver);
+            core.unnest();
+            core.clean_done();
+        }
+        loop {
+            let segment = {
+                let mut core = self.core.lock();
+                let spare = core.free_bytes().saturating_sub(keep);
+                core.remove_idle(spare)
+            };
+            let Some((start, len)) = segment else { return given };
+            // SAFETY: a segment from `alloc` in which nothing is live and all work is known to be complete.
+            if unsafe { self.source.give(driver, start) }.is_ok() {
+                given += len;
+            } else {
+                // The driver kept it; so do we.
+                self.core.lock().add(start, len);
+                return given;
+            }
+        }
+    }
+
+    /// Empties the pool, whatever is live.
+    ///
+    /// # Safety
+    /// No block is used or freed after.
+    pub(super) unsafe fn reset(&self) -> Result<()> {
+        self.device.synchronize()?;
+        let mut core = self.core.lock();
+        if self.watched {
+            core.for_each_live(&mut |start, len, _| self.device.0.driver.block_freed(start, len));
+        }
+        core.reset();
+        Ok(())
+    }
+}
+
+impl Member for Inner {
+    fn stream_closes(&self, slot: u32) {
+        self.core.lock().order.close(&*self.device.0.driver, slot);
+    }
+
+    fn capture_ends(&self, id: u64) {
+        let mut core = self.core.lock();
+        if core.order.end_capture(id).is_some() {
+            core.clean_done();
+        }
+    }
+
+    fn give_back(&self) -> usize {
+        self.release_idle(0)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let driver = self.device.0.driver.clone();
+        // Work on freed blocks may be in flight still. If not even waiting works, the memory is lost.
+        if driver.device_sync().is_err() && driver.device_sync().is_err() {
+            return;
+        }
+        let mut core = self.core.lock();
+        for event in core.order.take_events() {
+            // SAFETY: the pool's own events, used no more.
+            let _ = unsafe { driver.event_destroy(event) };
+        }
+        for (start, _) in core.drain_segments() {
+            // SAFETY: segments from `alloc`; every block keeps its pool alive, so none is left, and the
+            // device was idle after the last use. A refusal is tried once more, then the segment leaks.
+            if unsafe { self.source.give(&*driver, start) }.is_err() {
+                // SAFETY: as above.
+                let _ = unsafe { self.source.give(&*driver, start) };
+            }
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! From an address back to its block, for those who know the address alone: hash chains through the live nodes
+//! themselves, so that only published blocks cost anything.
+
+#![forbid(unsafe_code)]
+
+use super::{NIL, PUBLISHED, Ranges};
+
+impl Ranges {
+    fn chain(&self, start: usize) -> usize {
+        let hash = ((start >> self.shift) as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+        hash as usize & (self.chains.len() - 1)
+    }
+
+    /// Makes a live block findable by its address; false where the host has no memory for that.
+    pub(in crate::gpu) fn publish(&mut self, index: u32) -> bool {
+        if self.published >= self.chains.len() * 2 && !self.grow_chains() {
+            return false;
+        }
+        self.set_flags(index, self.tag(index).batch | PUBLISHED);
+        let chain = self.chain(self.start(index));
+        self.nodes[index as usize].link_next = std::mem::replace(&mut self.chains[chain], index);
+        self.published += 1;
+        true
+    }
+
+    fn grow_chains(&mut self) -> bool {
+        let mut chains = Vec::new();
+        let len = (self.chains.len() * 2).max(16);
+        if chains.try_reserve_exact(len).is_err() {
+            return false;
+        }
+        chains.resize(len, NIL);
+        let old = std::mem::replace(&mut self.chains, chains);
+        for mut at in old {
+            while at != NIL {
+                let next = self.nodes[at as usize].link_next;
+                let chain = self.chain(self.start(at));
+                self.nodes[at as usize].link_next = std::mem::replace(&mut self.chains[chain], at);
+                at = next;
+            }
+        }
+        true
+    }
+
+    pub(super) fn unpublish(&mut self, index: u32) {
+        let chain = self.chain(self.start(index));
+        let next = self.nodes[index as usize].link_next;
+        self.published -= 1;
+        if self.chains[chain] == index {
+            self.chains[chain] = next;
+            return;
+        }
+        let mut at = self.chains[chain];
+        while at != NIL {
+            let follow = self.nodes[at as usize].link_next;
+            if follow == index {
+                self.nodes[at as usize].link_next = next;
+                return;
+            }
+            at = follow;
+        }
+    }
+
+    /// The published live block that begins at an address.
+    pub(in crate::gpu) fn find(&self, start: usize) -> Option<u32> {
+        if self.chains.is_empty() {
+            return None;
+        }
+        let mut at = self.chains[self.chain(start)];
+        while at != NIL {
+            if self.start(at) == start {
+                return Some(at);
+            }
+            at = self.nodes[at as usize].link_next;
+        }
+        None
+    }
+}

@@ -1,0 +1,284 @@
+//! GPU pools on the simulated device: the conformance suite, faults at every driver call, threads and streams,
+//! capture, limits and misuse.
+
+#[allow(dead_code, reason = "some helpers serve the pools of other test programs")]
+mod conformance;
+
+use std::alloc::Layout;
+use std::sync::Arc;
+
+use conformance::Subject;
+use memory_pool::gpu::Touch;
+use memory_pool::{
+    DevicePool, DeviceVec, Error, GpuDevice, ManagedPool, PinnedPool, PoolConfig, Result, SimConfig, Stream,
+};
+
+subject!(shared DevicePool);
+subject!(shared PinnedPool);
+subject!(shared ManagedPool);
+
+fn device(seed: u64) -> GpuDevice {
+    GpuDevice::simulated(SimConfig::default().seed(seed).memory(4 << 30))
+}
+
+fn clean(gpu: &GpuDevice) {
+    let hazards = gpu.simulation().unwrap().hazards();
+    assert!(hazards.is_empty(), "{}", hazards[0]);
+}
+
+fn subject(name: &'static str, touchable: bool) -> Subject {
+    Subject { name, config: PoolConfig::default_gpu(), largest: 64 << 20, max_align: 1 << 16, touchable }
+}
+
+#[test]
+fn device_pools_conform() {
+    let gpu = device(1);
+    let make = |config| DevicePool::new(&gpu, config);
+    conformance::all_rules(&subject("device", false), &make);
+    conformance::shared_rules(&subject("device", false), &make);
+    clean(&gpu);
+}
+
+#[test]
+fn pinned_pools_conform() {
+    let gpu = device(2);
+    let mut subject = subject("pinned", true);
+    subject.config = subject.config.use_pinned_memory(true);
+    let make = |config| PinnedPool::new(&gpu, config);
+    conformance::all_rules(&subject, &make);
+    conformance::shared_rules(&subject, &make);
+    clean(&gpu);
+}
+
+#[test]
+fn managed_pools_conform() {
+    let gpu = device(3);
+    let mut subject = subject("managed", true);
+    subject.config = subject.config.use_managed_memory(true);
+    let make = |config| ManagedPool::new(&gpu, config);
+    conformance::all_rules(&subject, &make);
+    conformance::shared_rules(&subject, &make);
+    clean(&gpu);
+}
+
+#[test]
+fn containers_live_in_pinned_and_managed_memory() {
+    let gpu = device(4);
+    let pinned = PinnedPool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    let managed = ManagedPool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    conformance::containers::v04::all(&pinned, 1 << 12);
+    conformance::containers::v02::all(&pinned, 1 << 12);
+    conformance::containers::v04::all(&managed, 1 << 12);
+    conformance::containers::maps(&pinned);
+    assert!(!pinned.has_leaks() && !managed.has_leaks());
+}
+
+/// A program that uses most of what there is; every step may fail.
+fn work(gpu: &GpuDevice) -> Result<()> {
+    let (a, b) = (gpu.new_stream()?, gpu.new_stream()?);
+    let pool = DevicePool::new(gpu, PoolConfig::default_gpu().max_size(96 << 20))?;
+    let pinned = PinnedPool::new(gpu, PoolConfig::default_gpu())?;
+    let mut x = pool.alloc_from_host(&[7u32; 1000], &a)?;
+    let y = pool.alloc::<u32>(1000, &b)?;
+    x.copy_from_device(&y, &b)?;
+    let host = pinned.alloc_from(&[9u32; 1000])?;
+    let transfer = x.copy_from_pinned(host, &a)?;
+    assert_eq!(transfer.wait()?[0], 9);
+    x.record_stream(&b)?;
+    drop(x);
+    let mut vec = DeviceVec::<u64>::new_in(&pool, &b);
+    vec.extend_from_host(&[1, 2, 3])?;
+    vec.resize_zeroed(400_000)?;
+    assert_eq!(vec.to_vec()?[..4], [1, 2, 3, 0]);
+    drop(b);
+    drop(y);
+    pool.process_deferred();
+    pool.trim(0)?;
+    let capture = a.begin_capture()?;
+    let inside = pool.alloc::<u32>(100, &a)?;
+    drop(inside);
+    let graph = capture.end()?;
+    graph.launch(&a)?;
+    a.synchronize()?;
+    drop(graph);
+    pool.check()?;
+    drop(vec);
+    a.synchronize()?;
+    pool.trim(0)?;
+    assert!(!pool.has_leaks());
+    Ok(())
+}
+
+#[test]
+fn every_driver_call_may_fail() {
+    let gpu = device(5);
+    work(&gpu).unwrap();
+    let total = gpu.simulation().unwrap().calls();
+    for code in [2, 1, 700] {
+        for nth in 1..=total {
+            let gpu = device(5);
+            let sim = gpu.simulation().unwrap();
+            sim.fail_call(nth, code);
+            // Some failures are absorbed; the others are errors, never panics.
+            if let Err(error) = work(&gpu) {
+                assert!(matches!(error, Error::Cuda { .. } | Error::OutOfMemory { .. }), "{error}");
+            }
+            sim.cancel_fault();
+            clean(&gpu);
+            assert_eq!(sim.memory_in_use(), 0, "call {nth}, code {code}: memory was lost");
+            work(&gpu).unwrap_or_else(|error| panic!("call {nth}, code {code}: unusable after: {error}"));
+        }
+    }
+}
+
+#[test]
+fn threads_and_streams() {
+    let gpu = device(6);
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu().max_size(48 << 20)).unwrap();
+    let shared: Arc<Vec<Stream>> = Arc::new((0..3).map(|_| gpu.new_stream().unwrap()).collect());
+    std::thread::scope(|scope| {
+        for thread in 0..4usize {
+            let (pool, shared, gpu) = (pool.clone(), shared.clone(), gpu.clone());
+            scope.spawn(move || {
+                let own = gpu.new_stream().unwrap();
+                let mut held = Vec::new();
+                for round in 0..400usize {
+                    let stream = if round % 3 == 0 { &shared[round / 3 % 3] } else { &own };
+                    let len = 1 + (round * 7919 + thread * 104_729) % 200_000;
+                    match pool.alloc_from_host(&vec![thread as u8; len], stream) {
+                        Ok(buffer) => held.push((buffer, len)),
+                        Err(Error::OutOfMemory { .. }) => held.clear(),
+                        Err(error) => panic!("{error}"),
+                    }
+                    if held.len() > 8 {
+                        let (buffer, len) = held.swap_remove(round % 8);
+                        let back = buffer.to_vec(&own).unwrap();
+                        assert_eq!(back.len(), len);
+                        assert!(back.iter().all(|&byte| byte == thread as u8));
+                    }
+                }
+            });
+        }
+    });
+    pool.check().unwrap();
+    assert!(!pool.has_leaks());
+    clean(&gpu);
+}
+
+#[test]
+fn reuse_costs_no_more_calls_than_it_must() {
+    let gpu = GpuDevice::simulated(SimConfig::default().eagerness(0).memory(4 << 30));
+    let sim = gpu.simulation().unwrap();
+    let (a, b) = (gpu.new_stream().unwrap(), gpu.new_stream().unwrap());
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu().max_size(1 << 20)).unwrap();
+    let whole = 1 << 20;
+    let block = pool.allocate_async(whole, &a).unwrap();
+    sim.launch(&a, 100, &[Touch::write(block.as_ptr() as usize, whole)], |_| ()).unwrap();
+    let calls = sim.calls();
+    // SAFETY: live, and used on its own stream alone.
+    unsafe { pool.deallocate_async(block, &a) };
+    let block = pool.allocate_async(whole, &a).unwrap();
+    // SAFETY: as above.
+    unsafe { pool.deallocate_async(block, &a) };
+    assert_eq!(sim.calls(), calls, "the same stream needs no call");
+    let block = pool.allocate_async(whole, &b).unwrap();
+    assert_eq!((sim.count("cuEventRecord"), sim.count("cuStreamWaitEvent")), (1, 1));
+    // SAFETY: as above.
+    unsafe { pool.deallocate_async(block, &b) };
+    clean(&gpu);
+}
+
+#[test]
+fn a_graph_keeps_its_memory() {
+    let gpu = device(8);
+    let (a, b) = (gpu.new_stream().unwrap(), gpu.new_stream().unwrap());
+    let sim = gpu.simulation().unwrap();
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu().max_size(1 << 20)).unwrap();
+    pool.reserve(1 << 20).unwrap();
+    let capture = a.begin_capture().unwrap();
+    let scratch = pool.alloc::<u8>(512 << 10, &a).unwrap();
+    let address = scratch.as_device_ptr();
+    drop(scratch);
+    let again = pool.alloc::<u8>(512 << 10, &a).unwrap();
+    assert_eq!(again.as_device_ptr(), address, "the capture reuses its own");
+    drop(again);
+    assert!(a.synchronize().is_err(), "waiting would invalidate the capture");
+    let graph = capture.end().unwrap();
+    assert!(pool.alloc::<u8>(768 << 10, &b).is_err(), "half of the memory is the graph's");
+    let other = pool.alloc::<u8>(256 << 10, &b).unwrap();
+    for _ in 0..3 {
+        graph.launch(&b).unwrap();
+    }
+    drop(other);
+    drop(graph);
+    assert!(pool.alloc::<u8>(768 << 10, &b).is_ok(), "the graph is gone");
+    sim.run_all();
+    clean(&gpu);
+}
+
+#[test]
+fn misuse_is_an_error_that_says_so() {
+    let group = GpuDevice::simulated_group(SimConfig::default().memory(1 << 30), 2);
+    let (gpu, other) = (&group[0], &group[1]);
+    let stream = gpu.new_stream().unwrap();
+    let far = other.new_stream().unwrap();
+    let pool = DevicePool::new(gpu, PoolConfig::default_gpu()).unwrap();
+    assert!(matches!(pool.alloc::<u8>(1, &far), Err(Error::InvalidPointer(_))));
+    assert!(matches!(pool.alloc::<u8>(1 << 50, &stream), Err(Error::OutOfMemory { .. })));
+    assert!(matches!(pool.alloc::<u64>(usize::MAX, &stream), Err(Error::OutOfMemory { .. })));
+    assert!(matches!(pool.alloc::<u8>(2 << 30, &stream), Err(Error::OutOfMemory { .. })));
+    let mut buffer = pool.alloc::<u8>(100, &stream).unwrap();
+    assert!(buffer.copy_from_host(&[0; 99], &stream).is_err());
+    assert!(buffer.slice(50..101).is_err());
+    assert!(buffer.split_at_mut(101).is_err());
+    let empty = pool.alloc::<u8>(0, &stream).unwrap();
+    assert!(empty.to_vec(&stream).unwrap().is_empty());
+    let foreign = std::ptr::NonNull::from(&mut buffer).cast();
+    // SAFETY: a foreign pointer is refused, which is what this shows.
+    let refused = unsafe { pool.try_deallocate_async(foreign, &stream) };
+    assert!(matches!(refused, Err(Error::InvalidPointer(_))));
+    let block = pool.allocate(Layout::new::<u64>()).unwrap();
+    // SAFETY: the first free is right; the second is refused.
+    unsafe {
+        pool.try_deallocate_async(block.cast(), &stream).unwrap();
+        assert!(pool.try_deallocate_async(block.cast(), &stream).is_err());
+    }
+    let strict = SimConfig::default().concurrent_managed(false);
+    assert!(ManagedPool::new(&GpuDevice::simulated(strict), PoolConfig::default_gpu()).is_err());
+    clean(gpu);
+}
+
+#[test]
+fn two_devices_copy_between_each_other() {
+    let group = GpuDevice::simulated_group(SimConfig::default().seed(11).memory(1 << 30), 2);
+    let streams: Vec<_> = group.iter().map(|gpu| gpu.new_stream().unwrap()).collect();
+    let pools: Vec<_> =
+        group.iter().map(|gpu| DevicePool::new(gpu, PoolConfig::default_gpu()).unwrap()).collect();
+    group[0].enable_peer_access(&group[1]).unwrap();
+    let source = pools[0].alloc_from_host(&[5u16; 300], &streams[0]).unwrap();
+    let mut target = pools[1].alloc::<u16>(300, &streams[1]).unwrap();
+    target.copy_from_device(&source, &streams[1]).unwrap();
+    drop(source);
+    assert_eq!(target.to_vec(&streams[1]).unwrap(), [5; 300]);
+    clean(&group[0]);
+}
+
+#[test]
+fn leaked_values_are_never_reused() {
+    let gpu = device(12);
+    let stream = gpu.new_stream().unwrap();
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    let pinned = PinnedPool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    let mut buffer = pool.alloc::<u8>(4096, &stream).unwrap();
+    let transfer = buffer.copy_from_pinned(pinned.alloc::<u8>(4096).unwrap(), &stream).unwrap();
+    std::mem::forget(transfer);
+    let dropped = buffer.copy_from_pinned(pinned.alloc::<u8>(4096).unwrap(), &stream).unwrap();
+    drop(dropped);
+    for _ in 0..100 {
+        let mut host = pinned.alloc::<u8>(4096).unwrap();
+        host.fill(1);
+    }
+    drop(buffer);
+    stream.synchronize().unwrap();
+    clean(&gpu);
+}
