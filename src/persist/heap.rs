@@ -170,7 +170,7 @@ fn slot_size(size: usize, align: usize, exact: bool) -> Result<u64> {
     let size = if exact {
         size
     } else {
-        let step = if size <= 128 { 16 } else { 1 << (floor_log2(size - 1) - 3) };
+        let step = if size <= 128 { 32 } else { 1 << (floor_log2(size - 1) - 2) };
         round_up(size, step).ok_or(overflow)?
     };
     round_up(size, align.max(8)).filter(|&n| n <= isize::MAX as usize).map(|n| n as u64).ok_or(overflow)

@@ -10,7 +10,7 @@
 //! | `locks`, `context`, `arena`, `tx`, `txapi` | transactions |
 //! | `read`, `ptr`, `types`, `roots` | references, pointers, what may be stored, named roots |
 //! | `survey`, `check` | what is reachable, what leaks, what is damaged |
-//! | `array`, `vec`, `string`, `structs` | types made of them |
+//! | `array`, `vec`, `string`, `map`, `structs` | types made of them |
 //! | `inner`, `pool`, `raw` | the open pool and its handle; blocks without a type |
 
 mod arena;
@@ -19,12 +19,15 @@ mod check;
 mod context;
 #[cfg(test)]
 mod crash;
+#[cfg(test)]
+mod damage;
 mod flush;
 mod format;
 mod heap;
 mod inner;
 mod journal;
 mod locks;
+mod map;
 mod media;
 mod pool;
 mod ptr;
@@ -44,6 +47,7 @@ mod types;
 mod vec;
 
 pub use check::{CheckReport, Damage, check, dump, repair};
+pub use map::{MapHead, PHashMap};
 pub use media::Durability;
 pub use pool::{PersistentConfig, PersistentPool};
 pub use ptr::{Handle, PBox, PRef, PRefMut};

@@ -108,8 +108,8 @@ impl PersistentPool {
         if config.layout.len() > MAX_LAYOUT {
             return Err(Error::config("layout", &config.layout, "at most 128 bytes"));
         }
-        if config.size < MIN_SIZE {
-            return Err(Error::config("size", config.size, "512 KiB or more"));
+        if !(MIN_SIZE..=1 << 40).contains(&config.size) {
+            return Err(Error::config("size", config.size, "512 KiB to 1 TiB"));
         }
         let header = new_header(&config)?;
         let file = open_locked(path, Access::Create)?;
@@ -223,9 +223,9 @@ impl PersistentPool {
             let recovered = u64::from(replayed > 0);
             // SAFETY: nobody holds references into the super page, nor has the pool yet.
             unsafe {
-                let openings = inner.stored(Counter::Openings) + 1;
+                let openings = inner.stored(Counter::Openings).wrapping_add(1);
                 inner.media.store(Counter::Openings.at(), openings);
-                let recoveries = inner.stored(Counter::Recoveries) + recovered;
+                let recoveries = inner.stored(Counter::Recoveries).wrapping_add(recovered);
                 inner.media.store(Counter::Recoveries.at(), recoveries);
                 inner.media.store(CLOSED, 0);
             }
