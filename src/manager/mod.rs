@@ -15,6 +15,7 @@ use core::any::Any;
 use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering};
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, LazyLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 pub use helpers::{allocate, allocate_in};
@@ -27,6 +28,7 @@ use crate::base::pool::MemoryPool;
 use crate::base::report;
 use crate::gpu::{GpuPool, MemoryKind};
 use crate::observe::Observer;
+use crate::persist::{PersistentConfig, PersistentPool};
 use crate::pool::{AnyPool, Front, Pool};
 use crate::source::Source;
 
@@ -46,6 +48,10 @@ pub trait Managed: MemoryPool + Clone + 'static {
 
 impl Managed for AnyPool {
     const KIND: &'static str = "cpu";
+}
+
+impl Managed for PersistentPool {
+    const KIND: &'static str = "persistent";
 }
 
 impl<K: MemoryKind> Managed for GpuPool<K> {
@@ -137,6 +143,35 @@ impl PoolManager {
     /// The pool named `"default"`, made at the first call as [`PoolConfig::from_env`] says.
     pub fn default_cpu_pool(&self) -> Result<PoolRef<AnyPool>> {
         self.get_or_create(DEFAULT, || AnyPool::named(DEFAULT, PoolConfig::from_env()?))
+    }
+
+    /// Makes a persistent pool in a new file. One that exists is opened and
+    /// [registered](Self::register).
+    ///
+    /// ```
+    /// use memory_pool::{PersistentConfig, PoolManager};
+    /// # let dir = std::env::temp_dir().join(format!("managed-{}", std::process::id()));
+    /// # std::fs::create_dir_all(&dir).unwrap();
+    /// let manager = PoolManager::new();
+    /// manager.create_persistent_pool("orders", dir.join("orders"), PersistentConfig::new(1 << 20))?;
+    /// let number = manager.persistent_pool("orders")?.transaction(|tx| tx.alloc(17u64))?;
+    /// assert!(!number.is_null());
+    /// # std::fs::remove_dir_all(&dir).unwrap();
+    /// # Ok::<(), memory_pool::Error>(())
+    /// ```
+    pub fn create_persistent_pool(
+        &self,
+        name: &str,
+        path: impl AsRef<Path>,
+        config: PersistentConfig,
+    ) -> Result<PoolRef<PersistentPool>> {
+        self.create(name, || PersistentPool::create(path, config))
+    }
+
+    /// The persistent pool of that name.
+    #[inline]
+    pub fn persistent_pool(&self, name: &str) -> Result<PoolRef<PersistentPool>> {
+        self.get(name)
     }
 
     /// Keeps a pool that exists already, of any kind. The pool's own name does not matter.
