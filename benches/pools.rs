@@ -1,8 +1,11 @@
 //! Fixed pools: a pair of allocation and free, beside the same by hand; statistics on and off; through the
-//! trait object; and throughput with several threads.
+//! trait object; batches; and throughput with several threads.
+//!
+//! The binary runs without cargo, too: `pools --bench`, `pools --bench threads`.
 
 use std::alloc::Layout;
 use std::hint::black_box;
+use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Barrier, Mutex};
@@ -145,6 +148,34 @@ fn pairs(c: &mut Criterion) {
     group.finish();
 }
 
+/// 64 blocks at once, and one by one.
+fn batches(c: &mut Criterion) {
+    let mut group = c.benchmark_group("fixed pool, 64 blocks");
+    group.warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(700));
+    let layout = layout();
+    for (name, sync) in [("locked", SyncType::Mutex), ("lock-free", SyncType::LockFree)] {
+        let pool = FixedPool::new(config().sync_type(sync)).unwrap();
+        let mut blocks = [MaybeUninit::uninit(); 64];
+        group.bench_function(format!("{name}, one by one"), |b| {
+            b.iter(|| {
+                blocks.fill_with(|| MaybeUninit::new(pool.allocate(layout).unwrap().cast::<u8>()));
+                for block in black_box(&blocks) {
+                    // SAFETY: written just now; live, freed once.
+                    unsafe { pool.deallocate(block.assume_init()) };
+                }
+            })
+        });
+        group.bench_function(format!("{name}, as a batch"), |b| {
+            b.iter(|| {
+                pool.allocate_batch_into(layout, &mut blocks).unwrap();
+                // SAFETY: written just now; live, each freed once.
+                unsafe { pool.deallocate_batch(black_box(&blocks).assume_init_ref()) };
+            })
+        });
+    }
+    group.finish();
+}
+
 /// Time of `rounds` rounds of eight blocks on each of `threads` threads, by wall clock.
 fn together(threads: usize, rounds: u64, pool: &FixedPool) -> Duration {
     let layout = layout();
@@ -173,7 +204,7 @@ fn together(threads: usize, rounds: u64, pool: &FixedPool) -> Duration {
 }
 
 fn threads(c: &mut Criterion) {
-    let mut group = c.benchmark_group("fixed pool, 8 pairs on each thread");
+    let mut group = c.benchmark_group("fixed pool, threads with 8 pairs each");
     group.warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(900));
     group.sample_size(20);
     let most = std::thread::available_parallelism().map_or(1, usize::from);
@@ -188,5 +219,5 @@ fn threads(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, pairs, threads);
+criterion_group!(benches, pairs, batches, threads);
 criterion_main!(benches);

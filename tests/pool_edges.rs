@@ -287,6 +287,29 @@ fn a_mapped_file_can_be_the_memory() {
 }
 
 #[test]
+fn growth_follows_the_factor_up_to_the_limit() {
+    let one = layout(4096, 16);
+    for factor in [1.0, 2.0, 4.0] {
+        let limit = 16 << 20;
+        let config = PoolConfig::fixed_size_cpu(4096).growth_factor(factor).max_size(limit);
+        let pool = FixedPool::new(config).unwrap();
+        let mut steps = vec![0];
+        while pool.allocate(one).is_ok() {
+            let reserved = pool.stats().reserved;
+            if reserved != steps[steps.len() - 1] {
+                steps.push(reserved);
+            }
+        }
+        assert_eq!(*steps.last().unwrap(), limit, "all of the limit was used: {steps:?}");
+        // The first step is the least there is, and the last ends at the limit.
+        for pair in steps[1..steps.len() - 1].windows(2) {
+            let grown = (pair[1] - pair[0]) as f64 / pair[0] as f64;
+            assert!((grown / factor - 1.0).abs() < 0.1, "{grown} instead of {factor}: {steps:?}");
+        }
+    }
+}
+
+#[test]
 fn no_growth_means_no_call_to_the_source() {
     let source = Arc::new(Failing::new(Os::new()));
     let pool = FixedPool::with_source(PoolConfig::fixed_size_cpu(64), source.clone()).unwrap();

@@ -6,10 +6,10 @@ use core::ptr::NonNull;
 
 use super::core::{Core, pointer};
 use super::front::Front;
+use super::large::large_aligned;
 use crate::base::config::MAX_ALIGNMENT;
 use crate::base::error::Result;
 use crate::base::host::dangling;
-use crate::base::pool::AllocFlags;
 use crate::observe::Observer;
 use crate::source::Source;
 
@@ -26,7 +26,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             return Ok(());
         }
         let mut filled = 0;
-        if !O::ACTIVE {
+        if !O::ACTIVE && self.front.in_turn() {
             self.front.with(|engine| {
                 while filled < blocks.len()
                     && let Some(block) = engine.alloc(layout)
@@ -37,9 +37,9 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             });
         }
         while filled < blocks.len() {
-            match self.block(layout, AllocFlags::NONE) {
+            match self.allocate(layout) {
                 Ok(block) => {
-                    blocks[filled].write(pointer(block.start));
+                    blocks[filled].write(block.cast());
                     filled += 1;
                 }
                 Err(error) => {
@@ -57,10 +57,11 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     /// # Safety
     /// As for `deallocate`, for each of them.
     pub(super) unsafe fn deallocate_batch(&self, blocks: &[NonNull<u8>]) {
-        // Whether the engine alone knows what to do with the block.
-        let plain = |address: usize| address > MAX_ALIGNMENT && !self.large.may_be::<F>(address);
+        // Whether the engine alone knows what to do with the block; the same answer both times it is asked.
+        let plain = |address: usize| address > MAX_ALIGNMENT && !large_aligned::<F>(address);
         let addresses = blocks.iter().map(|block| block.as_ptr() as usize);
-        if !O::ACTIVE {
+        let at_once = !O::ACTIVE && self.front.in_turn();
+        if at_once {
             self.front.with(|engine| {
                 for address in addresses.filter(|&address| plain(address)) {
                     // SAFETY: the caller's contract; empty and large blocks are left out.
@@ -68,7 +69,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
                 }
             });
         }
-        for &block in blocks.iter().filter(|block| O::ACTIVE || !plain(block.as_ptr() as usize)) {
+        for &block in blocks.iter().filter(|block| !at_once || !plain(block.as_ptr() as usize)) {
             // SAFETY: the caller's contract.
             unsafe { self.deallocate(block, None) };
         }

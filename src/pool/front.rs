@@ -37,6 +37,12 @@ pub unsafe trait Front: fmt::Debug {
     /// `start` is the address of a live block of this engine.
     unsafe fn free(&self, start: usize);
 
+    /// Whether calls wait for each other, so that many at once are better done in one turn.
+    #[inline]
+    fn in_turn(&self) -> bool {
+        true
+    }
+
     /// Calls `act` with the engine; whatever fast paths hold is settled first where that matters.
     fn with<R>(&self, act: impl FnOnce(&mut dyn Engine) -> R) -> R;
 

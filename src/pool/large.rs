@@ -37,9 +37,15 @@ impl LargeBlocks {
     /// Whether `address` may be a large block of a pool with front `F`: cheap, and never wrong about one.
     #[inline]
     pub(super) fn may_be<F: Front>(&self, address: usize) -> bool {
-        let align = if F::DIRECT == usize::MAX { LARGE_ALIGN } else { PAGE };
-        address & (align - 1) == 0 && self.count.load(Ordering::Relaxed) != 0
+        large_aligned::<F>(address) && self.count.load(Ordering::Relaxed) != 0
     }
+}
+
+/// Whether `address` is aligned as all large blocks of a pool with front `F` are.
+#[inline]
+pub(super) fn large_aligned<F: Front>(address: usize) -> bool {
+    let align = if F::DIRECT == usize::MAX { LARGE_ALIGN } else { PAGE };
+    address & (align - 1) == 0
 }
 
 /// Counts of large blocks.

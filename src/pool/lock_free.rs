@@ -52,6 +52,11 @@ unsafe impl Front for LockFree {
         unsafe { self.slots.free_block(start, thread_number()) };
     }
 
+    #[inline]
+    fn in_turn(&self) -> bool {
+        false
+    }
+
     fn with<R>(&self, act: impl FnOnce(&mut dyn Engine) -> R) -> R {
         self.slots.with_slow(act)
     }
@@ -112,6 +117,11 @@ unsafe impl Front for FixedFront {
                 Self::LockFree(front) => front.free(start),
             }
         }
+    }
+
+    #[inline]
+    fn in_turn(&self) -> bool {
+        matches!(self, Self::Locked(_))
     }
 
     fn with<R>(&self, act: impl FnOnce(&mut dyn Engine) -> R) -> R {
