@@ -151,3 +151,26 @@ fn a_pool_for_one_thread_refuses_others() {
     // SAFETY: live, freed once.
     unsafe { pool.deallocate(block.cast()) };
 }
+
+/// However many threads ask at the same moment, each gets memory: who asks the system takes his own part first.
+#[test]
+fn threads_that_start_at_once_all_get_memory() {
+    const THREADS: usize = 48;
+    for _ in 0..60 {
+        let pool = CpuPool::new(PoolConfig::default_cpu()).unwrap();
+        let start = std::sync::Barrier::new(THREADS);
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let (pool, start) = (&pool, &start);
+                scope.spawn(move || {
+                    start.wait();
+                    for size in [100, 30_000, 900_000] {
+                        let layout = std::alloc::Layout::from_size_align(size + thread, 8).unwrap();
+                        assert!(pool.allocate(layout).is_ok(), "{size} bytes refused");
+                    }
+                });
+            }
+        });
+        assert_eq!(pool.stats().active_count() as usize, 3 * THREADS);
+    }
+}

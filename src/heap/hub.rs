@@ -212,7 +212,7 @@ impl Hub {
     /// A segment for the calling thread, all vacant; the caller becomes its owner.
     pub(super) fn take_segment(&self, huge: bool) -> Option<&Segment> {
         let kind = usize::from(huge && self.huge.load(Ordering::Relaxed));
-        if let Some(segment) = self.take_present(kind) {
+        if let Some(segment) = self.take_present(&mut self.shared.lock(), kind) {
             return Some(segment);
         }
         // No lock is held while the system is asked.
@@ -221,25 +221,29 @@ impl Hub {
             len = SEGMENT;
             self.map(len, SEGMENT)
         });
-        let Some(base) = base else { return self.take_present(1 - kind) };
+        let Some(base) = base else { return self.take_present(&mut self.shared.lock(), 1 - kind) };
         // SAFETY: the region is ours. Small programs stay small even where the system prefers huge pages.
         unsafe { os::advise_huge(ptr::NonNull::new_unchecked(base), len, kind == 1) };
         let mut shared = self.shared.lock();
         let (next, end) = shared.fresh[kind];
-        if next < end {
-            // Another thread was faster.
-            drop(shared);
+        let another_was_faster = next < end;
+        if !another_was_faster {
+            shared.fresh[kind] = (base as usize, base as usize + len);
+        }
+        // Under the lock that publishes the region, so that who asked the system does not go without however
+        // many threads ask at once.
+        let segment = self.take_present(&mut shared, kind).map(ptr::from_ref);
+        drop(shared);
+        if another_was_faster {
             // SAFETY: nobody has seen the region.
             unsafe { self.unmap(base, len) };
-            return self.take_present(kind);
         }
-        shared.fresh[kind] = (base as usize, base as usize + len);
-        drop(shared);
-        self.take_present(kind)
+        // SAFETY: segments live as long as the hub (invariant 7).
+        segment.map(|segment| unsafe { &*segment })
     }
 
-    fn take_present(&self, kind: usize) -> Option<&Segment> {
-        let mut shared = self.shared.lock();
+    /// A segment that is there already.
+    fn take_present(&self, shared: &mut Shared, kind: usize) -> Option<&Segment> {
         if let Some(segment) = shared.vacant[kind].pop_front().map(ptr::from_ref) {
             // SAFETY: segments live as long as the hub (invariant 7).
             let segment = unsafe { &*segment };
