@@ -8,8 +8,9 @@ use allocator_api2::alloc::{Allocator, Global};
 use allocator_api2::boxed::Box;
 use allocator_api2::vec::Vec;
 use memory_pool::{
-    AnyPool, FixedPool, LeakReport, LocalFixedPool, LocalVariablePool, LockFreeFixedPool, OnFinding,
-    PoolConfig, PoolManager, Result, Strategy, VariablePool,
+    AnyPool, CpuPool, Durability, FixedPool, GlobalPool, LeakReport, LocalFixedPool, LocalVariablePool,
+    LockFreeFixedPool, OnFinding, PersistentConfig, PersistentPool, PoolConfig, PoolManager, Result,
+    Strategy, VariablePool,
 };
 
 /// A generator of numbers: the same for every allocator.
@@ -142,6 +143,13 @@ fn host_pools() -> Result<()> {
     let any = AnyPool::new(PoolConfig::default_cpu())?;
     compare("mail, AnyPool", shortest(|| mail(&any)), system);
 
+    let cpu = CpuPool::new(PoolConfig::default_cpu())?;
+    compare("mail, CpuPool", shortest(|| mail(&cpu)), system);
+    compare("mail, GlobalPool", shortest(|| mail(GlobalPool::new())), system);
+    let system = shortest(|| two_threads(Global));
+    compare("order book on two threads, CpuPool", shortest(|| two_threads(&cpu)), system);
+    compare("order book on two threads, GlobalPool", shortest(|| two_threads(GlobalPool::new())), system);
+
     let local = LocalFixedPool::new(PoolConfig::fixed_size_cpu(32))?;
     compare("syntax trees, LocalFixedPool", shortest(|| parser(&local)), shortest(|| parser(&Global)));
     Ok(())
@@ -160,6 +168,38 @@ fn named_pools() -> Result<()> {
     println!("\nOne of them closer:\n\n{}", orders.stats());
     drop((inbox, picture));
     manager.destroy_pool("mail")
+}
+
+/// An account book in a file: written, closed as at the end of a program, and read by the next.
+fn persistent_pool() -> Result<()> {
+    let path = std::env::temp_dir().join(format!("memory-pool-tour-{}", std::process::id()));
+    let config = PersistentConfig::new(4 << 20).layout("accounts v1").durability(Durability::ProcessCrash);
+    let pool = PersistentPool::create(&path, config)?;
+    let began = Instant::now();
+    for balance in 0..10_000u64 {
+        pool.transaction(|tx| {
+            let entry = tx.alloc([balance, balance * balance])?;
+            tx.set_root("latest", &entry)
+        })?;
+    }
+    let each = began.elapsed().as_nanos() / 10_000;
+    // What returns an error leaves nothing behind.
+    let failed: Result<()> = pool.transaction(|tx| {
+        let entry = tx.alloc([0u64, 0])?;
+        tx.set_root("latest", &entry)?;
+        Err(PoolConfig::default_cpu().max_size(0).validate().unwrap_err())
+    });
+    assert!(failed.is_err());
+    pool.close()?;
+
+    let pool = PersistentPool::open(&path, "accounts v1")?;
+    let latest = pool.read(|r| Ok(*r.root::<[u64; 2]>("latest")?))?;
+    assert_eq!(latest, [9999, 9999 * 9999]);
+    println!("\nA persistent pool: 10000 transactions, {each} ns each, survive a crash of the process;");
+    println!("one that failed left no trace; opened again, the latest entry is {latest:?}.");
+    drop(pool);
+    let _ = std::fs::remove_file(&path);
+    Ok(())
 }
 
 /// Writes one byte too far, and forgets to free.
@@ -195,5 +235,6 @@ fn main() -> Result<()> {
     println!("memory-pool {}: each task on a pool and on the system allocator", env!("CARGO_PKG_VERSION"));
     host_pools()?;
     named_pools()?;
+    persistent_pool()?;
     debugging()
 }

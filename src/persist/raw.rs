@@ -348,6 +348,11 @@ impl MemoryPool for PersistentPool {
         fn config(&self) -> &PoolConfig;
     }
 
+    /// What is stored stays; the file is closed with the last handle.
+    fn close(&self) -> Result<()> {
+        Ok(())
+    }
+
     unsafe fn deallocate(&self, ptr: NonNull<u8>) {
         // SAFETY: the caller's contract is the same.
         unsafe { PersistentPool::deallocate(self, ptr) }
