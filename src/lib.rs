@@ -34,7 +34,9 @@ pub use gpu::{
     Transfer,
 };
 pub use heap::stats::{ClassStats, HeapStats};
-pub use manager::{Managed, ManagerStats, PoolManager, PoolSummary, allocate, allocate_in};
+pub use manager::{
+    Managed, ManagerStats, PoolManager, PoolSummary, allocate, allocate_gpu, allocate_gpu_in, allocate_in,
+};
 pub use observe::DebugLayer;
 pub use persist::{Durability, PBox, PRef, PRefMut, Persist, PersistentConfig, PersistentPool, Transaction};
 pub use pool::{

@@ -282,3 +282,44 @@ fn leaked_values_are_never_reused() {
     stream.synchronize().unwrap();
     clean(&gpu);
 }
+
+#[test]
+fn the_manager_copies_between_all_kinds() {
+    let gpu = device(13);
+    let manager = memory_pool::PoolManager::new();
+    let config = PoolConfig::default_gpu();
+    let device = manager.create_gpu_pool("device", &gpu, config.clone()).unwrap();
+    let pinned = manager.create_pinned_pool("pinned", &gpu, config.clone()).unwrap();
+    let managed = manager.create_managed_pool("managed", &gpu, config.clone()).unwrap();
+    assert!(manager.create_gpu_pool("device", &gpu, config).is_err());
+    assert!(manager.gpu_pool("pinned").is_err());
+    let layout = Layout::array::<u8>(1000).unwrap();
+    let blocks = [
+        device.allocate(layout).unwrap(),
+        pinned.allocate(layout).unwrap(),
+        managed.allocate(layout).unwrap(),
+        device.allocate(layout).unwrap(),
+    ];
+    let (source, mut target) = ([42u8; 1000], [0u8; 1000]);
+    let host = std::ptr::NonNull::from(&source).cast();
+    let mut from = host;
+    // SAFETY: all ranges are live and 1000 bytes long, and nobody else uses them.
+    unsafe {
+        for block in blocks {
+            manager.copy(block.cast(), from, 1000).unwrap();
+            from = block.cast();
+        }
+        manager.copy(std::ptr::NonNull::from(&mut target).cast(), from, 1000).unwrap();
+        assert!(manager.copy(blocks[0].cast(), host, 5000).is_err(), "past the end of the block");
+        device.deallocate(blocks[0].cast());
+        pinned.deallocate(blocks[1].cast());
+        managed.deallocate(blocks[2].cast());
+        device.deallocate(blocks[3].cast());
+    }
+    assert_eq!(source, target);
+    for name in ["device", "pinned", "managed"] {
+        manager.destroy_pool(name).unwrap();
+    }
+    drop((device, pinned, managed));
+    clean(&gpu);
+}

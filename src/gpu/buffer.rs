@@ -12,7 +12,7 @@ use core::fmt;
 use core::marker::PhantomData;
 use core::mem::MaybeUninit;
 use core::ops::{Bound, RangeBounds};
-use std::sync::Arc;
+use core::ptr::NonNull;
 
 use bytemuck::{AnyBitPattern, NoUninit, Zeroable};
 
@@ -20,14 +20,15 @@ use super::core::Ticket;
 use super::device::GpuDevice;
 use super::host::{HostBuffer, Transfer};
 use super::kind::HostAccessible;
-use super::pool::{DevicePool, Inner, bytes_of, empty};
+use super::pool::{DevicePool, bytes_of, empty};
 use super::stream::{Stream, StreamScope};
 use crate::base::error::{Error, PointerFault, Result};
-use crate::base::pool::AllocFlags;
+use crate::base::pool::{AllocFlags, MemoryPool};
+use crate::base::transfer::{CopySource, CopyTarget};
 
 /// A live block of a pool; freed on its home stream when dropped.
 pub(super) struct Block {
-    pub(super) pool: Arc<Inner>,
+    pub(super) pool: DevicePool,
     /// `None` for a size of 0.
     ticket: Option<Ticket>,
     pub(super) start: usize,
@@ -37,23 +38,23 @@ pub(super) struct Block {
 
 impl Block {
     pub(super) fn new<T>(pool: &DevicePool, bytes: usize, home: &Stream) -> Result<Self> {
-        let (pool, home) = (pool.inner.clone(), home.clone());
+        let (pool, home) = (pool.clone(), home.clone());
         if bytes == 0 {
-            pool.accept(&home)?;
+            pool.inner.accept(&home)?;
             return Ok(Self { pool, ticket: None, start: empty::<T>(), bytes: 0, home });
         }
-        let placed = pool.take(bytes, align_of::<T>(), Some(&home), AllocFlags::NONE)?;
+        let placed = pool.inner.take(bytes, align_of::<T>(), Some(&home), AllocFlags::NONE)?;
         Ok(Self { pool, ticket: Some(placed.ticket), start: placed.start, bytes: placed.len, home })
     }
 
     fn device(&self) -> &GpuDevice {
-        &self.pool.device
+        self.pool.device()
     }
 
     /// Grows in place; `None` where there is no room behind.
     pub(super) fn grow(&mut self, bytes: usize) -> Option<()> {
         if bytes > self.bytes {
-            self.bytes = self.pool.grow_in_place(self.ticket?, bytes, Some(&self.home))?;
+            self.bytes = self.pool.inner.grow_in_place(self.ticket?, bytes, Some(&self.home))?;
         }
         Some(())
     }
@@ -75,7 +76,7 @@ impl Block {
 impl Drop for Block {
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket {
-            self.pool.give(ticket, self.start, self.bytes, Some(&self.home));
+            self.pool.inner.give(ticket, self.start, self.bytes, Some(&self.home));
         }
     }
 }
@@ -169,7 +170,7 @@ impl<T> DeviceBuffer<T> {
     /// work that `stream` was issued until then is done.
     pub fn record_stream(&self, stream: &Stream) -> Result<()> {
         match self.block.ticket {
-            Some(ticket) => self.block.pool.share(ticket, stream),
+            Some(ticket) => self.block.pool.inner.share(ticket, stream),
             None => Ok(()),
         }
     }
@@ -272,7 +273,7 @@ impl<T> DeviceBuffer<T> {
     /// pool does not live on for its sake.
     pub fn into_raw(self) -> Result<u64> {
         if let Some(ticket) = self.block.ticket
-            && !self.block.pool.core.lock().publish(ticket)
+            && !self.block.pool.inner.core.lock().publish(ticket)
         {
             return Err(Error::oom(self.block.bytes, crate::base::error::OomReason::Source));
         }
@@ -305,6 +306,29 @@ impl<T> DeviceBuffer<MaybeUninit<T>> {
         let mut buffer = unsafe { self.assume_init() };
         buffer.copy_from_host(source, stream)?;
         Ok(buffer)
+    }
+}
+
+impl<T> DeviceBuffer<T> {
+    /// The elements for a copy by their pool, once all work before is done.
+    fn settled(&self) -> (NonNull<T>, usize, Option<&dyn MemoryPool>) {
+        self.block.home.settle();
+        let at = NonNull::new(self.block.start as *mut T).unwrap_or(NonNull::dangling());
+        (at, self.len, Some(&self.block.pool))
+    }
+}
+
+// SAFETY: invariant 3; all work on the elements is complete, and more is issued through `self` alone.
+unsafe impl<T> CopySource<T> for DeviceBuffer<T> {
+    fn source(&self) -> (NonNull<T>, usize, Option<&dyn MemoryPool>) {
+        self.settled()
+    }
+}
+
+// SAFETY: as above, and the borrow is exclusive.
+unsafe impl<T> CopyTarget<T> for DeviceBuffer<T> {
+    fn target(&mut self) -> (NonNull<T>, usize, Option<&dyn MemoryPool>) {
+        self.settled()
     }
 }
 

@@ -6,6 +6,7 @@
 //! A further kind of pool implements [`Managed`] and gets a pair of functions here, `create_…` and a look-up,
 //! each of one line.
 
+mod gpu;
 mod helpers;
 mod lookup;
 mod summary;
@@ -18,6 +19,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, LazyLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+pub use gpu::{allocate_gpu, allocate_gpu_in};
 pub use helpers::{allocate, allocate_in};
 pub use summary::{ManagerStats, PoolSummary};
 
@@ -26,7 +28,6 @@ use crate::base::config::PoolConfig;
 use crate::base::error::{Error, Refusal, Result, ShortText};
 use crate::base::pool::MemoryPool;
 use crate::base::report;
-use crate::gpu::{GpuPool, MemoryKind};
 use crate::observe::Observer;
 use crate::persist::{PersistentConfig, PersistentPool};
 use crate::pool::{AnyPool, Front, Pool};
@@ -52,10 +53,6 @@ impl Managed for AnyPool {
 
 impl Managed for PersistentPool {
     const KIND: &'static str = "persistent";
-}
-
-impl<K: MemoryKind> Managed for GpuPool<K> {
-    const KIND: &'static str = "gpu";
 }
 
 impl<F, S, O> Managed for Pool<F, S, O>
