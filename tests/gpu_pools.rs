@@ -323,3 +323,35 @@ fn the_manager_copies_between_all_kinds() {
     drop((device, pinned, managed));
     clean(&gpu);
 }
+
+#[test]
+fn the_books_stay_small() {
+    let gpu = device(14);
+    let stream = gpu.new_stream().unwrap();
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    let before = pool.metadata_size();
+    let blocks: Vec<_> = (0..50_000).map(|_| pool.alloc_uninit::<u8>(512, &stream).unwrap()).collect();
+    let each = (pool.metadata_size() - before) as f64 / blocks.len() as f64;
+    // 32 bytes a block, room to grow by an eighth, and the bins of a few lanes.
+    assert!(each < 37.0, "{each} bytes a block");
+}
+
+#[test]
+fn the_callback_frees_what_it_can() {
+    let gpu = device(15);
+    let stream = gpu.new_stream().unwrap();
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu().max_size(8 << 20)).unwrap();
+    pool.reserve(8 << 20).unwrap();
+    let cache = Arc::new(std::sync::Mutex::new(Vec::new()));
+    for _ in 0..8 {
+        cache.lock().unwrap().push(pool.alloc_uninit::<u8>(1 << 20, &stream).unwrap());
+    }
+    let held = cache.clone();
+    pool.set_oom_callback(move |_| held.lock().unwrap().pop().is_some());
+    let big = pool.alloc_uninit::<u8>(3 << 20, &stream).unwrap();
+    assert_eq!(cache.lock().unwrap().len(), 5, "as much as was needed");
+    assert!(matches!(pool.alloc_uninit::<u8>(9 << 20, &stream), Err(Error::OutOfMemory { .. })));
+    drop(big);
+    pool.clear_oom_callback();
+    clean(&gpu);
+}
