@@ -50,6 +50,7 @@ impl ThreadHeap {
             slots[high].store(a, Ordering::Relaxed);
         }
         self.set_top(class, bottom.wrapping_add(gathered - 1));
+        self.high_water.set(self.high_water.get().max(self.live.get()));
         bump(&self.tally.refills, 1);
         slots[gathered - 1].load(Ordering::Relaxed)
     }

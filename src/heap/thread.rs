@@ -159,6 +159,8 @@ pub(crate) struct ThreadHeap {
     /// Bytes of blocks that are out of their spans.
     pub(super) live: Cell<usize>,
     pub(super) pending: Cell<usize>,
+    /// Most live bytes since the caches were last emptied for having become large beside what is live.
+    pub(super) high_water: Cell<usize>,
     pub(super) refills_left: Cell<u32>,
     pub(super) trims_seen: Cell<u32>,
     /// Set while a request must be served from what is there.
