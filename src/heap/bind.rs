@@ -23,8 +23,11 @@ thread_local! {
 
 #[inline(always)]
 fn front() -> &'static Front {
+    // A pointer and not a reference comes out of the closure: its null would be taken for "no slot" and
+    // tested for.
+    let front = FRONT.with(Cell::get);
     // SAFETY: the slot always points to a static front or to this thread's heap, which lives for ever.
-    FRONT.with(|front| unsafe { &*front.get() })
+    unsafe { &*front }
 }
 
 /// The heap of the process: what `#[global_allocator]` uses.

@@ -9,21 +9,27 @@ pub(crate) const COUNT: usize = 80;
 pub(crate) const MAX: usize = 64 << 10;
 /// Alignment that every block has.
 pub(crate) const MIN_ALIGN: usize = 16;
-/// Requests up to this size find their class in a table, the others compute it.
-const TABLE_MAX: usize = 1024;
+/// Requests up to this size find their class in the fine table, the others in the coarse one.
+const FINE_MAX: usize = 1024;
+const FINE_STEP: usize = 16;
+/// Classes above `FINE_MAX` lie this far apart, or farther.
+const COARSE_STEP: usize = 128;
 
-static TABLE: [u8; TABLE_MAX / 16 + 1] = {
-    let mut table = [0; TABLE_MAX / 16 + 1];
-    let mut step = 1;
-    while step < table.len() {
-        table[step] = compute(step * 16) as u8;
-        step += 1;
+static FINE: [u8; FINE_MAX / FINE_STEP + 1] = table(FINE_STEP);
+static COARSE: [u8; MAX / COARSE_STEP + 1] = table(COARSE_STEP);
+
+/// The class of each multiple of `step`.
+const fn table<const N: usize>(step: usize) -> [u8; N] {
+    let mut table = [0; N];
+    let mut at = 1;
+    while at < N {
+        table[at] = compute(at * step) as u8;
+        at += 1;
     }
     table
-};
+}
 
 /// The class by arithmetic: the position of the leading bit chooses the doubling, the next three the step.
-#[inline(always)]
 const fn compute(size: usize) -> usize {
     let last = size - 1;
     let shift = (last | 128).ilog2() as usize - 3;
@@ -34,7 +40,11 @@ const fn compute(size: usize) -> usize {
 #[inline(always)]
 pub(crate) fn of(size: usize) -> usize {
     debug_assert!(size <= MAX);
-    if size <= TABLE_MAX { TABLE[(size + 15) >> 4] as usize } else { compute(size) }
+    if size <= FINE_MAX {
+        FINE[size.wrapping_add(FINE_STEP - 1) / FINE_STEP] as usize
+    } else {
+        COARSE[size.wrapping_add(COARSE_STEP - 1) / COARSE_STEP] as usize
+    }
 }
 
 /// The class for `size` bytes at a multiple of `align`; `None` when only a mapping of its own will do. All
