@@ -8,7 +8,7 @@
 //!
 //! Whatever the format, a [`Trace`] is checked: every free names an allocation that is live, ids run from 0
 //! without gaps, and streams are numbered by first use. Nothing in a file is trusted; what is wrong with it is
-//! an [`Error::Corrupt`](crate::Error::Corrupt) that says where and what was expected.
+//! an [`Error::Corrupt`] that says where and what was expected.
 
 mod records;
 mod rmm;
