@@ -6,8 +6,8 @@ use std::alloc::Layout;
 use std::ptr::NonNull;
 
 use memory_pool::{
-    AnyPool, DebugLayer, Error, FindingKind, FixedPool, LocalFixedPool, LocalVariablePool, OnFinding,
-    PoolConfig, Result, Strategy, VariablePool, source::slice::Slice,
+    AllocatorType, AnyPool, DebugLayer, Error, FindingKind, FixedPool, LocalFixedPool, LocalVariablePool,
+    OnFinding, PoolConfig, Result, Strategy, SyncType, VariablePool, source::slice::Slice,
 };
 
 /// What the bugs need of a pool.
@@ -65,6 +65,11 @@ fn on_each(act: impl Fn(&str, &mut dyn FnMut() -> Box<dyn Target>)) {
     let variable = |strategy| collecting(PoolConfig::default_cpu().strategy(strategy));
     act("any fixed", &mut || Box::new(AnyPool::new(fixed()).unwrap()));
     act("any variable", &mut || Box::new(AnyPool::new(variable(Strategy::BestFit)).unwrap()));
+    act("any lock-free", &mut || Box::new(AnyPool::new(fixed().sync_type(SyncType::LockFree)).unwrap()));
+    act("any size class", &mut || {
+        let config = collecting(PoolConfig::default_cpu().allocator_type(AllocatorType::SizeClass));
+        Box::new(AnyPool::new(config.sync_type(SyncType::ThreadCached)).unwrap())
+    });
     act("fixed", &mut || Box::new(FixedPool::watched(fixed()).unwrap()));
     for strategy in [Strategy::Segregated, Strategy::BestFit, Strategy::FirstFit] {
         let name = format!("variable {}", strategy.name());
@@ -278,7 +283,7 @@ impl Random {
 #[test]
 fn correct_programs_make_no_finding_on_any_pool() {
     let operations = std::env::var("MEMORY_POOL_TEST_OPS").ok().and_then(|text| text.parse().ok());
-    let operations: u64 = operations.unwrap_or(400_000) / 8;
+    let operations: u64 = operations.unwrap_or(400_000) / 10;
     on_each(|name, make| {
         let pool = make();
         let mut random = Random(7);
