@@ -93,11 +93,11 @@ fn statistics(layout: Layout) -> Result<()> {
 fn interface(layout: Layout) -> Result<()> {
     println!("\n{:<58} {:>8} {:>8}", "the interface, a pair", "itself", "dyn");
     let fixed = FixedPool::new(PoolConfig::fixed_size_cpu(64))?;
-    let dynamic: &dyn MemoryPool = black_box(&fixed);
+    let dynamic = black_box(&fixed as &dyn MemoryPool);
     let [itself, through] = medians(20_000, [pairs!(fixed, layout), pairs!(dynamic, layout)]);
     say("FixedPool", itself, through);
     let variable = VariablePool::new(PoolConfig::default_cpu())?;
-    let dynamic: &dyn MemoryPool = black_box(&variable);
+    let dynamic = black_box(&variable as &dyn MemoryPool);
     let [itself, through] = medians(20_000, [pairs!(variable, layout), pairs!(dynamic, layout)]);
     say("VariablePool", itself, through);
     Ok(())

@@ -135,7 +135,7 @@ fn pairs(c: &mut Criterion) {
     pool!("lock-free, by type", LockFreeFixedPool::new(config()));
     pool!("lock-free, by configuration", FixedPool::new(config().sync_type(SyncType::LockFree)));
     let pool = FixedPool::new(config()).unwrap();
-    let dynamic: &dyn MemoryPool = black_box(&pool);
+    let dynamic = black_box(&pool as &dyn MemoryPool);
     group.bench_function("locked, through dyn", |b| {
         b.iter(|| {
             let block = dynamic.allocate(layout).unwrap();
