@@ -1,7 +1,7 @@
 //! The walk over every invariant of a thread's heap.
 
 use super::class;
-use super::segment::{Place, SLICE, Segment, Span};
+use super::segment::{Place, Segment, Span};
 use super::thread::ThreadHeap;
 use crate::engine::Broken;
 
@@ -19,7 +19,7 @@ impl ThreadHeap {
             expect(segment.pristine.get() & !segment.vacant.get() == 0, "pristine slices are vacant")?;
             expect(segment.roomy.get() == (segment.vacant.get() != 0), "roomy segments are listed")?;
             expect(segment.queued.get() == (segment.idle() != 0), "idle segments are listed")?;
-            pending += segment.idle().count_ones() as usize * SLICE;
+            pending += segment.idle_bytes();
             let mut slices = 0;
             for span in segment.spans() {
                 slices += u32::from(span.slices.get());

@@ -11,7 +11,7 @@ use super::large::Larges;
 use super::list::List;
 use super::lock::SpinLock;
 use super::registry;
-use super::segment::{HEADER, SEGMENT, SLICE, Segment, Segments};
+use super::segment::{HEADER, SEGMENT, SLICE, SLICES, Segment, Segments};
 use super::thread::ThreadHeap;
 use crate::source::os;
 
@@ -41,6 +41,9 @@ pub(crate) struct Hub {
     /// Calls to the operating system that are let through before one fails; `u64::MAX` for all.
     #[cfg(test)]
     pub(super) fail_after: AtomicU64,
+    /// Whether all go through again after the one that fails.
+    #[cfg(test)]
+    pub(super) fail_once: AtomicBool,
 }
 
 /// What only slow paths count.
@@ -108,21 +111,34 @@ impl Hub {
             next_hub: AtomicPtr::new(ptr::null_mut()),
             #[cfg(test)]
             fail_after: AtomicU64::new(u64::MAX),
+            #[cfg(test)]
+            fail_once: AtomicBool::new(false),
         }
+    }
+
+    /// Whether the next call to the system may be made: tests make some fail.
+    #[cfg(test)]
+    pub(super) fn let_through(&self) -> bool {
+        let let_through =
+            self.fail_after.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| match left {
+                u64::MAX => Some(u64::MAX),
+                left => left.checked_sub(1),
+            });
+        if let_through.is_err() && self.fail_once.load(Ordering::Relaxed) {
+            self.fail_after.store(u64::MAX, Ordering::Relaxed);
+        }
+        let_through.is_ok()
+    }
+
+    #[cfg(not(test))]
+    pub(super) const fn let_through(&self) -> bool {
+        true
     }
 
     /// Maps memory, and counts it.
     pub(super) fn map(&self, len: usize, align: usize) -> Option<*mut u8> {
-        #[cfg(test)]
-        {
-            let let_through =
-                self.fail_after.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| match left {
-                    u64::MAX => Some(u64::MAX),
-                    left => left.checked_sub(1),
-                });
-            if let_through.is_err() {
-                return None;
-            }
+        if !self.let_through() {
+            return None;
         }
         self.count_call();
         let base = os::map(len, align, os::Access::ReadWrite).ok()?;
@@ -146,7 +162,7 @@ impl Hub {
     pub(super) unsafe fn discard(&self, base: *mut u8, len: usize) -> bool {
         self.count_call();
         // SAFETY: the caller's contract.
-        ptr::NonNull::new(base).is_some_and(|base| unsafe { os::discard(base, len) })
+        self.let_through() && ptr::NonNull::new(base).is_some_and(|base| unsafe { os::discard(base, len) })
     }
 
     pub(super) fn count_call(&self) {
@@ -247,7 +263,7 @@ impl Hub {
         if let Some(segment) = shared.vacant[kind].pop_front().map(ptr::from_ref) {
             // SAFETY: segments live as long as the hub (invariant 7).
             let segment = unsafe { &*segment };
-            shared.warm -= segment.idle().count_ones() as usize * SLICE;
+            shared.warm -= segment.idle_bytes();
             return Some(segment);
         }
         let (next, end) = shared.fresh[kind];
@@ -267,40 +283,55 @@ impl Hub {
     pub(super) fn put_segment(&self, segment: &Segment) {
         debug_assert!(segment.is_empty());
         segment.head.owner.store(ptr::null_mut(), Ordering::Release);
-        let idle = segment.idle().count_ones() as usize * SLICE;
         let mut shared = self.shared.lock();
-        if shared.warm + idle > WARM {
+        if shared.warm + segment.idle_bytes() > WARM {
             drop(shared);
             self.empty_segment(segment);
             shared = self.shared.lock();
-        } else {
-            shared.warm += idle;
         }
+        // What the system did not take back is still there.
+        shared.warm += segment.idle_bytes();
         shared.vacant[usize::from(segment.huge.get())].push_front(segment);
     }
 
     /// Gives back all memory of a segment with no live block but its books.
     fn empty_segment(&self, segment: &Segment) {
-        // SAFETY: everything behind the header is vacant.
-        if unsafe { self.discard(segment.base().wrapping_add(HEADER), SEGMENT - HEADER) } {
+        // SAFETY: nobody else uses a segment without a live block.
+        if unsafe { self.discard_slices(segment, 0, SLICES) } {
             segment.pristine.set(u64::MAX);
         }
+    }
+
+    /// Makes a run of slices read as zero, and gives their memory back except where it shares a page with the
+    /// books: on pages larger than those.
+    ///
+    /// # Safety
+    /// The slices are vacant and the caller's.
+    pub(super) unsafe fn discard_slices(&self, segment: &Segment, first: usize, count: usize) -> bool {
+        let end = (first + count) * SLICE;
+        let mut start = first * SLICE;
+        if first == 0 {
+            start = HEADER.next_multiple_of(os::page_size());
+            // SAFETY: between the books and the end of a page, which is no further than the end of a slice.
+            unsafe { segment.base().add(HEADER).write_bytes(0, start - HEADER) };
+        }
+        // SAFETY: whole pages of vacant slices.
+        start == end || unsafe { self.discard(segment.base().wrapping_add(start), end - start) }
     }
 
     /// Gives back what unowned segments hold; returns the bytes.
     pub(crate) fn trim(&self) -> usize {
         self.trims.fetch_add(1, Ordering::Relaxed);
         let shared = &mut *self.shared.lock();
-        let mut given = 0;
-        for segment in shared.vacant.iter().flat_map(List::iter) {
-            let idle = segment.idle().count_ones() as usize * SLICE;
-            if idle > 0 {
-                self.empty_segment(segment);
-                given += idle;
-            }
-        }
+        let before = shared.warm;
         shared.warm = 0;
-        given
+        for segment in shared.vacant.iter().flat_map(List::iter) {
+            if segment.idle() != 0 {
+                self.empty_segment(segment);
+            }
+            shared.warm += segment.idle_bytes();
+        }
+        before - shared.warm
     }
 
     pub(super) fn trims(&self) -> u32 {

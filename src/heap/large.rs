@@ -205,7 +205,7 @@ fn remap(hub: &Hub, large: &Large, len: usize, may_move: bool) -> Option<usize> 
     large.delist();
     hub.count_call();
     // SAFETY: the mapping is the block's own.
-    if unsafe { os::remap(start, old, len, false) }.is_some() {
+    if hub.let_through() && unsafe { os::remap(start, old, len, false) }.is_some() {
         // A shorter one gives up units behind it; a longer one may need some.
         if len < old {
             let end = (base + len).next_multiple_of(SEGMENT);
@@ -242,7 +242,7 @@ fn move_pages(hub: &Hub, base: NonNull<u8>, old: usize, len: usize) -> Option<No
         return None;
     }
     // SAFETY: two whole mappings of ours; the new one is empty.
-    if unsafe { os::remap_onto(base, old, to, len) }.is_none() {
+    if !hub.let_through() || unsafe { os::remap_onto(base, old, to, len) }.is_none() {
         registry::remove(to.as_ptr() as usize, len);
         // SAFETY: as above.
         unsafe { hub.unmap(to.as_ptr(), len) };

@@ -8,7 +8,7 @@
 use core::ptr;
 use core::sync::atomic::Ordering;
 
-use super::segment::{HEADER, Place, SLICE, Segment, Span, run};
+use super::segment::{Place, SLICE, Segment, Span, run};
 use super::thread::{ThreadHeap, bump, lower};
 use crate::source::os;
 
@@ -39,7 +39,7 @@ impl ThreadHeap {
         while self.pending.get() > keep {
             if let Some(segment) = self.idle_segments.front() {
                 if segment.is_empty() {
-                    let idle = segment.idle().count_ones() as usize * SLICE;
+                    let idle = segment.idle_bytes();
                     self.leave(segment);
                     self.hub().put_segment(segment);
                     bump(&self.tally.discarded, idle as u64);
@@ -78,11 +78,8 @@ impl ThreadHeap {
             let count = (idle >> first).trailing_ones() as usize;
             let slices = run(first, count);
             idle &= !slices;
-            let start = if first == 0 { HEADER } else { first * SLICE };
             // SAFETY: vacant slices of a segment of this heap.
-            if unsafe {
-                self.hub().discard(segment.base().wrapping_add(start), (first + count) * SLICE - start)
-            } {
+            if unsafe { self.hub().discard_slices(segment, first, count) } {
                 segment.pristine.set(segment.pristine.get() | slices);
                 done += count * SLICE;
             }

@@ -241,6 +241,11 @@ impl Segment {
         self.vacant.get() & !self.pristine.get()
     }
 
+    /// Bytes of those.
+    pub(crate) fn idle_bytes(&self) -> usize {
+        self.idle().count_ones() as usize * SLICE
+    }
+
     /// The spans of this segment.
     pub(crate) fn spans(&self) -> impl Iterator<Item = &Span> {
         let taken = !self.vacant.get();

@@ -19,15 +19,35 @@ pub fn page_size() -> usize {
     static CACHED: AtomicUsize = AtomicUsize::new(0);
     match CACHED.load(Ordering::Relaxed) {
         0 => {
-            // SAFETY: sysconf has no preconditions.
-            let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-            let size = if size > 0 { size as usize } else { 4096 };
+            let size = played_page().unwrap_or(0).max(system_page());
             CACHED.store(size, Ordering::Relaxed);
             size
         }
         size => size,
     }
 }
+
+fn system_page() -> usize {
+    // SAFETY: sysconf has no preconditions.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    if size > 0 { size as usize } else { 4096 }
+}
+
+/// The page size that a test plays on a system whose pages are smaller: whole pages of the larger size are
+/// whole pages of the smaller, so everything done with them is allowed, and checked against the larger.
+#[cfg(test)]
+fn played_page() -> Option<usize> {
+    std::env::var(PLAYED_PAGE).ok()?.parse().ok()
+}
+
+#[cfg(not(test))]
+const fn played_page() -> Option<usize> {
+    None
+}
+
+/// Names the page size to play.
+#[cfg(test)]
+pub const PLAYED_PAGE: &str = "MEMORY_POOL_TEST_PAGE";
 
 /// Whether a mapping may be touched at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,9 +65,10 @@ pub fn map(len: usize, align: usize, access: Access) -> Result<NonNull<u8>> {
 }
 
 fn map_with(len: usize, align: usize, access: Access, extra_flags: libc::c_int) -> Result<NonNull<u8>> {
-    let page = page_size();
-    debug_assert!(len > 0 && is_aligned(len, page));
+    debug_assert!(len > 0 && is_aligned(len, page_size()));
     let too_large = Error::oom(len, OomReason::Overflow);
+    let align = if cfg!(test) { align.max(page_size()) } else { align };
+    let page = if cfg!(test) { system_page() } else { page_size() };
     if align <= page {
         return map_pages(len, access, extra_flags);
     }
@@ -135,6 +156,7 @@ pub unsafe fn decommit(base: NonNull<u8>, len: usize) -> bool {
 /// # Safety
 /// The pages belong to a mapping made here and their contents are not needed.
 pub unsafe fn discard(base: NonNull<u8>, len: usize) -> bool {
+    debug_assert!(is_aligned(base.as_ptr() as usize, page_size()) && is_aligned(len, page_size()));
     // SAFETY: the caller's contract.
     unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_DONTNEED) == 0 }
 }
