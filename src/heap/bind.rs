@@ -5,6 +5,10 @@
 //! pthread key, which runs after Rust's own destructors) took the heap away. From then on the thread uses the
 //! hub's `late` heap under its lock. Binding may be entered again by what it calls (some systems allocate in
 //! `pthread_setspecific`), so the slot is set first.
+//!
+//! The heap may be part of a library that is unloaded while threads that used it live on. The key goes with the
+//! library, so that no thread calls the hook after its code is gone; what was allocated stays mapped, since the
+//! program may still hold it.
 
 use core::cell::Cell;
 use core::ffi::c_void;
@@ -181,6 +185,23 @@ pub(crate) fn prepare() {
         libc::pthread_atfork(Some(hub::before_fork), Some(hub::after_fork), Some(hub::after_fork));
     }
 }
+
+/// Runs when the library (or program) that holds this code is about to go.
+#[cfg(all(unix, not(target_vendor = "apple")))]
+extern "C" fn on_unload() {
+    let key = KEY.swap(NO_KEY, Ordering::AcqRel);
+    if key != NO_KEY {
+        // SAFETY: the key was made by `prepare`, and is deleted once. Threads that are in the hook at this moment
+        // belong to somebody who unloads a library that runs.
+        unsafe { libc::pthread_key_delete(key as libc::pthread_key_t) };
+    }
+}
+
+#[cfg(all(unix, not(target_vendor = "apple")))]
+#[used]
+// SAFETY: the linker's table of functions without arguments to run at unloading.
+#[unsafe(link_section = ".fini_array")]
+static ON_UNLOAD: extern "C" fn() = on_unload;
 
 extern "C" fn on_thread_end(heap: *mut c_void) {
     FRONT.with(|front| front.set(&ENDED));
