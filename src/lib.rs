@@ -41,6 +41,7 @@ pub use observe::DebugLayer;
 pub use persist::{Durability, PBox, PRef, PRefMut, Persist, PersistentConfig, PersistentPool, Transaction};
 pub use pool::{
     AnyPool, CpuPool, FixedPool, LocalFixedPool, LocalVariablePool, LockFreeFixedPool, VariablePool,
+    WatchedCpuPool,
 };
 
 /// The examples of the README, compiled and run.

@@ -6,8 +6,9 @@ use std::alloc::Layout;
 use std::ptr::NonNull;
 
 use memory_pool::{
-    AllocatorType, AnyPool, DebugLayer, Error, FindingKind, FixedPool, LocalFixedPool, LocalVariablePool,
-    OnFinding, PoolConfig, Result, Strategy, SyncType, VariablePool, source::slice::Slice,
+    AllocatorType, AnyPool, CpuPool, DebugLayer, Error, FindingKind, FixedPool, LocalFixedPool,
+    LocalVariablePool, OnFinding, PoolConfig, Result, Strategy, SyncType, VariablePool, WatchedCpuPool,
+    source::slice::Slice,
 };
 
 /// What the bugs need of a pool.
@@ -50,7 +51,8 @@ target!(
     FixedPool<Memory, DebugLayer>,
     VariablePool<Memory, DebugLayer>,
     LocalFixedPool<Memory, DebugLayer>,
-    LocalVariablePool<Memory, DebugLayer>
+    LocalVariablePool<Memory, DebugLayer>,
+    WatchedCpuPool
 );
 
 fn collecting(config: PoolConfig) -> PoolConfig {
@@ -70,6 +72,7 @@ fn on_each(act: impl Fn(&str, &mut dyn FnMut() -> Box<dyn Target>)) {
         let config = collecting(PoolConfig::default_cpu().allocator_type(AllocatorType::SizeClass));
         Box::new(AnyPool::new(config.sync_type(SyncType::ThreadCached)).unwrap())
     });
+    act("size class", &mut || Box::new(CpuPool::watched(collecting(PoolConfig::default_cpu())).unwrap()));
     act("fixed", &mut || Box::new(FixedPool::watched(fixed()).unwrap()));
     for strategy in [Strategy::Segregated, Strategy::BestFit, Strategy::FirstFit] {
         let name = format!("variable {}", strategy.name());

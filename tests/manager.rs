@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use allocator_api2::vec::Vec as PoolVec;
 use memory_pool::{
-    AnyPool, Error, FixedPool, MemoryPool, PoolBox, PoolConfig, PoolManager, Result, VariablePool,
+    AllocFlags, AllocatorType, AnyPool, CpuPool, DevicePool, Durability, Error, FixedPool, GpuDevice,
+    LockFreeFixedPool, Managed, ManagedPool, MemoryPool, OnFinding, PersistentConfig, PersistentPool,
+    PinnedPool, PoolBox, PoolConfig, PoolManager, Result, SimConfig, Strategy, SyncType, VariablePool,
     base::error::{PointerFault, Refusal},
 };
 
@@ -39,27 +41,178 @@ fn names_are_taken_unknown_and_free_again() -> Result<()> {
     Ok(())
 }
 
+/// Every kind of host pool that a configuration can ask for.
+fn host_configs() -> Vec<PoolConfig> {
+    let quiet = |mut config: PoolConfig| {
+        config.debug.on_finding = OnFinding::Collect;
+        config
+    };
+    let cached = PoolConfig::high_performance_cpu().initial_size(0);
+    let plain = [
+        PoolConfig::fixed_size_cpu(64),
+        PoolConfig::fixed_size_cpu(64).sync_type(SyncType::LockFree),
+        PoolConfig::default_cpu(),
+        PoolConfig::default_cpu().strategy(Strategy::BestFit),
+        PoolConfig::default_cpu().allocator_type(AllocatorType::SizeClass),
+        cached,
+    ];
+    let debug = plain.clone().map(|config| quiet(config.debug(PoolConfig::debug_cpu().debug)));
+    plain.into_iter().chain(debug).collect()
+}
+
+/// Whatever a handle is asked for after its pool was destroyed, it says so.
+fn says_destroyed(pool: &dyn MemoryPool) {
+    for size in [8, 64, 5 << 20] {
+        let layout = Layout::from_size_align(size, 8).unwrap();
+        for flags in [AllocFlags::NONE, AllocFlags::ZEROED] {
+            let error = pool.allocate_with(layout, flags).unwrap_err();
+            assert!(error.to_string().contains("create it again"), "{error}");
+            assert!(matches!(refusal(error), Refusal::Destroyed));
+        }
+        assert!(matches!(refusal(pool.allocate(layout).unwrap_err()), Refusal::Destroyed));
+    }
+    assert!(matches!(refusal(pool.reserve(1000).unwrap_err()), Refusal::Destroyed));
+    assert!(!pool.has_leaks() && pool.active_allocations().is_empty());
+}
+
 #[test]
 fn destruction_waits_for_what_is_live_and_handles_say_so_afterwards() -> Result<()> {
-    for config in [PoolConfig::fixed_size_cpu(64), PoolConfig::default_cpu(), PoolConfig::debug_cpu()] {
+    for config in host_configs() {
         let manager = PoolManager::new();
-        let handle = manager.create_cpu_pool("a", config)?;
+        let handle = manager.create_cpu_pool("a", config.clone())?;
         let numbers = PoolBox::<[u64]>::new_zeroed_slice_in(4, manager.cpu_pool("a")?)?;
         let large = handle.allocate(Layout::from_size_align(3 << 20, 16)?)?;
-        assert!(matches!(refusal(manager.destroy_pool("a").unwrap_err()), Refusal::StillLive(2)));
+        let error = manager.destroy_pool("a").unwrap_err();
+        assert!(matches!(refusal(error), Refusal::StillLive(2)), "{error} {config:?}");
         assert_eq!(numbers.len(), 4);
+        // As it was.
+        drop(PoolBox::<[u64]>::new_zeroed_slice_in(4, manager.cpu_pool("a")?)?);
         drop(numbers);
         // SAFETY: live, freed once.
         unsafe { handle.deallocate(large.cast()) };
         manager.destroy_pool("a")?;
-        assert_eq!(handle.stats().reserved, 0);
-        for size in [8, 5 << 20] {
-            let error = handle.allocate(Layout::from_size_align(size, 8)?).unwrap_err();
-            assert!(matches!(refusal(error), Refusal::Destroyed), "{error}");
-        }
-        assert!(matches!(refusal(handle.reserve(1000).unwrap_err()), Refusal::Destroyed));
+        assert_eq!(handle.stats().reserved, 0, "{config:?}");
+        says_destroyed(&*handle);
         assert!(PoolVec::<u8, _>::new_in(handle.clone()).try_reserve(1).is_err());
     }
+    Ok(())
+}
+
+#[test]
+fn what_another_thread_holds_keeps_the_pool() -> Result<()> {
+    for config in host_configs() {
+        let manager = PoolManager::new();
+        let handle = manager.create_cpu_pool("a", config.clone())?;
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        std::thread::scope(|scope| -> Result<()> {
+            let (ready, is_ready) = std::sync::mpsc::channel();
+            let manager = &manager;
+            let holder = scope.spawn(move || {
+                let block = manager.cpu_pool("a").unwrap().allocate(Layout::new::<[u64; 5]>()).unwrap();
+                ready.send(()).unwrap();
+                wait.recv().unwrap();
+                // SAFETY: live, freed once.
+                unsafe { manager.cpu_pool("a").unwrap().deallocate(block.cast()) };
+            });
+            is_ready.recv().unwrap();
+            assert!(handle.has_leaks(), "{config:?}");
+            assert!(handle.stats().current_allocated >= 40);
+            assert!(matches!(refusal(manager.destroy_pool("a").unwrap_err()), Refusal::StillLive(1)));
+            if config.debug.is_on() {
+                assert_eq!(handle.active_allocations()[0].size, 40);
+            }
+            go.send(()).unwrap();
+            holder.join().unwrap();
+            manager.destroy_pool("a")
+        })?;
+        says_destroyed(&*handle);
+    }
+    Ok(())
+}
+
+#[test]
+fn handles_of_pools_by_type_say_that_they_were_destroyed() -> Result<()> {
+    fn destroyed<P: Managed>(pool: P) -> Result<()> {
+        let manager = PoolManager::new();
+        let handle = manager.register("a", pool)?;
+        let block = handle.allocate(Layout::new::<u64>())?;
+        assert!(matches!(refusal(manager.destroy_pool("a").unwrap_err()), Refusal::StillLive(1)));
+        // SAFETY: live, freed once.
+        unsafe { handle.deallocate(block.cast()) };
+        manager.destroy_pool("a")?;
+        assert_eq!(handle.stats().reserved, 0, "{}", P::KIND);
+        says_destroyed(&*handle);
+        Ok(())
+    }
+    destroyed(CpuPool::new(PoolConfig::high_performance_cpu())?)?;
+    destroyed(CpuPool::watched(PoolConfig::debug_cpu())?)?;
+    destroyed(FixedPool::new(PoolConfig::fixed_size_cpu(64))?)?;
+    destroyed(LockFreeFixedPool::new(PoolConfig::fixed_size_cpu(64))?)?;
+    destroyed(VariablePool::watched(PoolConfig::debug_cpu())?)?;
+    let gpu = GpuDevice::simulated(SimConfig::default());
+    destroyed(DevicePool::new(&gpu, PoolConfig::default_gpu().initial_size(8 << 20))?)?;
+    destroyed(PinnedPool::new(&gpu, PoolConfig::default_gpu())?)?;
+    destroyed(ManagedPool::new(&gpu, PoolConfig::default_gpu())?)?;
+    assert_eq!(gpu.memory_info()?.0, gpu.memory_info()?.1, "the device has all of its memory back");
+    Ok(())
+}
+
+#[test]
+fn a_destroyed_gpu_pool_refuses_buffers_too() -> Result<()> {
+    let gpu = GpuDevice::simulated(SimConfig::default());
+    let stream = gpu.new_stream()?;
+    let manager = PoolManager::new();
+    let pool = manager.create_gpu_pool("weights", &gpu, PoolConfig::default_gpu())?;
+    let weights = pool.alloc::<f32>(1000, &stream)?;
+    assert!(matches!(refusal(manager.destroy_pool("weights").unwrap_err()), Refusal::StillLive(1)));
+    drop(weights);
+    manager.destroy_pool("weights")?;
+    assert!(matches!(refusal(pool.alloc::<f32>(1000, &stream).unwrap_err()), Refusal::Destroyed));
+    assert!(matches!(refusal(pool.allocate_async(100, &stream).unwrap_err()), Refusal::Destroyed));
+    assert_eq!(pool.pool_size(), 0);
+    Ok(())
+}
+
+#[test]
+fn a_destroyed_persistent_pool_keeps_what_is_stored_and_its_file_is_free_again() -> Result<()> {
+    let folder = std::env::temp_dir().join(format!("memory-pool-manager-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join("orders");
+    let manager = PoolManager::new();
+    let config = PersistentConfig::new(1 << 20).layout("orders").durability(Durability::ProcessCrash);
+    let handle = manager.create_persistent_pool("orders", &path, config)?;
+    // A thread that looked the pool up and sleeps does not keep the file.
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| -> Result<()> {
+        let (ready, is_ready) = std::sync::mpsc::channel();
+        let manager = &manager;
+        scope.spawn(move || {
+            manager.persistent_pool("orders").unwrap();
+            ready.send(()).unwrap();
+            let _ = wait.recv();
+        });
+        is_ready.recv().unwrap();
+        handle.transaction(|tx| tx.set_root("latest", &tx.alloc(250u64)?))?;
+        let scratch = PoolVec::<u64, _>::with_capacity_in(10, handle.clone());
+        assert!(matches!(refusal(manager.destroy_pool("orders").unwrap_err()), Refusal::StillLive(1)));
+        drop(scratch);
+        manager.destroy_pool("orders")?;
+        says_destroyed(&*handle);
+        assert!(PoolVec::<u8, _>::new_in(handle.clone()).try_reserve(1).is_err());
+        for error in [
+            handle.transaction(|tx| tx.alloc(1u64).map(|_| ())).unwrap_err(),
+            handle.read(|r| r.root::<u64>("latest").map(|_| ())).unwrap_err(),
+            handle.grow(1 << 20).unwrap_err(),
+        ] {
+            assert!(matches!(refusal(error), Refusal::Destroyed));
+        }
+        drop(handle);
+        let again = PersistentPool::open(&path, "orders")?;
+        assert_eq!(again.read(|r| Ok(*r.root::<u64>("latest")?))?, 250);
+        go.send(()).unwrap();
+        Ok(())
+    })?;
+    std::fs::remove_dir_all(&folder).unwrap();
     Ok(())
 }
 

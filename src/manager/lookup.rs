@@ -1,15 +1,16 @@
 //! What each thread remembers of the pools it looked up.
 //!
-//! A remembered pool is an `Arc` that belongs to the thread: handing out a handle counts there, in memory that
-//! no other thread touches unless a handle is sent to it. The cache of a manager is good as long as the
-//! manager's generation is the one it was begun under; destroying a pool changes that, and every thread begins
-//! anew at its next look-up.
+//! A remembered pool is a handle that belongs to the thread: handing it out counts there, in memory that no other
+//! thread touches unless a handle is sent to it. The manager owns it and the thread's cache refers to it weakly,
+//! so that a pool that is destroyed goes at once, however long a thread that used it sleeps. The cache of a
+//! manager is good as long as the manager's generation is the one it was begun under; destroying a pool changes
+//! that, and every thread begins anew at its next look-up.
 
 use core::any::Any;
 use core::cell::RefCell;
 use core::hash::{BuildHasherDefault, Hasher};
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::{Managed, PoolManager};
 
@@ -19,7 +20,7 @@ type Caches = Vec<Cache>;
 struct Cache {
     manager: u64,
     generation: u64,
-    pools: HashMap<Box<str>, Arc<dyn Any + Send + Sync>, BuildHasherDefault<NameHasher>>,
+    pools: HashMap<Box<str>, Weak<dyn Any + Send + Sync>, BuildHasherDefault<NameHasher>>,
 }
 
 thread_local! {
@@ -62,7 +63,7 @@ impl NameHasher {
 }
 
 /// The pool, if this thread looked it up before and it was not destroyed since. Not at the end of a thread,
-/// whose cache may be gone, nor from within the drop of a remembered pool.
+/// whose cache may be gone, nor where an allocator looks up a pool while the cache itself allocates.
 #[inline]
 pub(super) fn cached<P: Managed>(manager: &PoolManager, name: &str) -> Option<Arc<P>> {
     let found = CACHES.try_with(|caches| {
@@ -71,45 +72,40 @@ pub(super) fn cached<P: Managed>(manager: &PoolManager, name: &str) -> Option<Ar
         if cache.generation != manager.generation() {
             return None;
         }
-        Arc::clone(cache.pools.get(name)?).downcast::<P>().ok()
+        cache.pools.get(name)?.upgrade()?.downcast::<P>().ok()
     });
     found.ok().flatten()
 }
 
-/// Keeps a pool for the next look-up. `generation` was read before the pool was found.
+/// Keeps a thread's handle for the next look-up. `generation` was read before the pool was found.
 #[cold]
-pub(super) fn remember<P: Managed>(manager: &PoolManager, generation: u64, name: &str, pool: Arc<P>) {
-    let stale = CACHES.try_with(|caches| {
-        let mut caches = caches.try_borrow_mut().ok()?;
-        let mut stale = None;
+pub(super) fn remember<P: Managed>(manager: &PoolManager, generation: u64, name: &str, handle: &Arc<P>) {
+    let handle: Weak<P> = Arc::downgrade(handle);
+    // Not at the end of a thread.
+    let _ = CACHES.try_with(|caches| {
+        let Ok(mut caches) = caches.try_borrow_mut() else { return };
         match caches.iter().position(|cache| cache.manager == manager.id) {
             Some(at) => caches[..=at].rotate_right(1),
             None => {
-                if caches.len() == MANAGERS {
-                    stale = caches.pop().map(|cache| cache.pools);
-                }
+                caches.truncate(MANAGERS - 1);
                 caches.insert(0, Cache { manager: manager.id, generation, pools: HashMap::default() });
             }
         }
         let cache = &mut caches[0];
         if cache.generation != generation {
             cache.generation = generation;
-            stale = Some(core::mem::take(&mut cache.pools));
+            cache.pools.clear();
         }
-        cache.pools.insert(name.into(), pool);
-        stale
+        cache.pools.insert(name.into(), handle);
     });
-    // Only now: the last handle of a pool may go here, and its drop may look up a pool.
-    drop(stale);
 }
 
 /// Lets go of everything that this thread remembers of `manager`.
 #[cold]
 pub(super) fn forget(manager: &PoolManager) {
-    let stale = CACHES.try_with(|caches| {
-        let mut caches = caches.try_borrow_mut().ok()?;
-        let at = caches.iter().position(|cache| cache.manager == manager.id)?;
-        Some(caches.remove(at))
+    let _ = CACHES.try_with(|caches| {
+        if let Ok(mut caches) = caches.try_borrow_mut() {
+            caches.retain(|cache| cache.manager != manager.id);
+        }
     });
-    drop(stale);
 }

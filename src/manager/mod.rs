@@ -28,9 +28,10 @@ use crate::base::config::PoolConfig;
 use crate::base::error::{Error, Refusal, Result, ShortText};
 use crate::base::pool::MemoryPool;
 use crate::base::report;
+use crate::base::sync::Lock;
 use crate::observe::Observer;
 use crate::persist::{PersistentConfig, PersistentPool};
-use crate::pool::{AnyPool, Front, Pool};
+use crate::pool::{AnyPool, CpuPool, Front, Pool, WatchedCpuPool};
 use crate::source::Source;
 
 /// A pool that a [`PoolManager`] can keep: a cheap handle whose clones share one pool.
@@ -51,6 +52,14 @@ impl Managed for AnyPool {
     const KIND: &'static str = "cpu";
 }
 
+impl Managed for CpuPool {
+    const KIND: &'static str = "size-class";
+}
+
+impl Managed for WatchedCpuPool {
+    const KIND: &'static str = "size-class";
+}
+
 impl Managed for PersistentPool {
     const KIND: &'static str = "persistent";
 }
@@ -68,19 +77,31 @@ where
 trait Entry: Send + Sync {
     fn pool(&self) -> &dyn MemoryPool;
     fn kind(&self) -> &'static str;
-    /// A handle of its own for the calling thread, as an `Arc` of the pool's type.
+    /// A handle of its own for the calling thread, as an `Arc` of the pool's type, which lives as long as the
+    /// entry at least.
     fn for_thread(&self) -> Arc<dyn Any + Send + Sync>;
 }
 
-impl<P: Managed> Entry for P {
+struct Kept<P> {
+    pool: P,
+    /// The handles that threads remember.
+    handles: Lock<Vec<Arc<P>>>,
+}
+
+impl<P: Managed> Entry for Kept<P> {
     fn pool(&self) -> &dyn MemoryPool {
-        self
+        &self.pool
     }
     fn kind(&self) -> &'static str {
         P::KIND
     }
     fn for_thread(&self) -> Arc<dyn Any + Send + Sync> {
-        Arc::new(self.clone())
+        let handle = Arc::new(self.pool.clone());
+        let mut handles = self.handles.lock();
+        // Those of threads that ended, or that began anew.
+        handles.retain(|handle| Arc::weak_count(handle) > 0);
+        handles.push(Arc::clone(&handle));
+        handle
     }
 }
 
@@ -193,7 +214,7 @@ impl PoolManager {
         let entry = self.entry(name)?;
         let wrong = Refusal::WrongKind { name: ShortText::new(name), found: entry.kind() };
         let pool = entry.for_thread().downcast::<P>().map_err(|_| Error::InvalidOperation(wrong))?;
-        lookup::remember(self, generation, name, pool.clone());
+        lookup::remember(self, generation, name, &pool);
         Ok(PoolRef::new(pool))
     }
 
@@ -232,7 +253,7 @@ impl PoolManager {
         if pools.contains_key(name) {
             return taken;
         }
-        pools.insert(name.into(), Arc::new(pool));
+        pools.insert(name.into(), Arc::new(Kept { pool, handles: Lock::default() }));
         drop(pools);
         report::event(format_args!("created {} pool \"{name}\"", P::KIND));
         Ok(handle)
@@ -328,14 +349,9 @@ impl Default for PoolManager {
 }
 
 impl Drop for PoolManager {
-    /// Handles go on working. What other threads remember of a pool is its shell; idle memory goes back now.
+    /// Pools that somebody has a handle of go on working; the others give all memory back now.
     fn drop(&mut self) {
-        self.generation.fetch_add(1, Ordering::Release);
         lookup::forget(self);
-        for (_, entry) in self.entries() {
-            // A pool that cannot trim keeps its memory until its last handle is gone.
-            let _ = entry.pool().trim(0);
-        }
     }
 }
 

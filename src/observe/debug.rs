@@ -34,6 +34,7 @@ use crate::base::diagnostics::{Diagnostics, FindingLog, Operation, OperationKind
 use crate::base::error::Result;
 use crate::base::finding::{Finding, FindingKind, LeakReport};
 use crate::base::latency::LatencyRecorder;
+use crate::base::pool::ActiveAllocation;
 use crate::base::report;
 use crate::base::stack::{Stack, thread_number};
 use crate::base::stats::Latency;
@@ -401,22 +402,21 @@ unsafe impl<R: Reach> Observer for DebugLayer<R> {
         !self.tracks
     }
 
-    fn outer(&self, inner: Block) -> Option<Block> {
+    fn find(&self, outer: usize) -> Option<(usize, Option<usize>)> {
         if !self.tracks {
-            return Some(inner);
-        }
-        let books = self.books.lock();
-        let record = books.records[self.find_inner(&books, inner.start)?];
-        Some(Block { start: record.outer, size: record.size, dirty: record.size })
-    }
-
-    fn inner(&self, outer: usize) -> Option<usize> {
-        if !self.tracks {
-            return Some(outer);
+            return Some((outer, None));
         }
         let books = self.books.lock();
         let record = books.records[books.records.find(outer)?];
-        (record.state == State::Live).then_some(record.inner)
+        (record.state == State::Live).then_some((record.inner, Some(record.size)))
+    }
+
+    fn live(&self) -> Option<Vec<ActiveAllocation>> {
+        self.tracks.then(|| {
+            let books = self.books.lock();
+            let live = books.records.iter(State::Live).map(|id| &books.records[id]);
+            live.map(|record| ActiveAllocation::new(record.outer, record.size)).collect()
+        })
     }
 
     fn held(&self) -> (usize, usize) {

@@ -6,8 +6,7 @@ use core::ops::Range;
 use super::bytes::{CANARY, FREED, Reach, damage};
 use super::debug::{Books, DebugLayer};
 use super::records::{Id, Mark, Record, State};
-use crate::base::bits::round_up;
-use crate::base::config::{DebugConfig, MAX_ALIGNMENT};
+use crate::base::config::MAX_ALIGNMENT;
 use crate::base::finding::{Finding, FindingKind, Site, WINDOW};
 
 impl Books {
@@ -163,24 +162,6 @@ impl<R: Reach> DebugLayer<R> {
         let books = self.books.lock();
         let live = books.records.iter(State::Live);
         live.map(|id| books.about(FindingKind::Leak, &books.records[id], None)).collect()
-    }
-
-    /// The live block at inner address `inner`. Where the user's bytes begin depends on the alignment that was
-    /// asked for, which the engine does not know: there are few possibilities without guard pages.
-    pub(super) fn find_inner(&self, books: &Books, inner: usize) -> Option<Id> {
-        let is_it = |id: &Id| books.records[*id].state == State::Live && books.records[*id].inner == inner;
-        if self.surround.has_pages() {
-            return books.records.iter(State::Live).find(is_it);
-        }
-        let DebugConfig { canary, .. } = self.config;
-        let mut tried = usize::MAX;
-        (0..usize::BITS - 1).find_map(|bits| {
-            let front = round_up(canary, 1 << bits)?;
-            if core::mem::replace(&mut tried, front) == front {
-                return None;
-            }
-            books.records.find(inner.checked_add(front)?).filter(is_it)
-        })
     }
 
     /// Makes all pages accessible again: the memory goes elsewhere.

@@ -25,6 +25,7 @@ pub use bytes::{HostReach, Reach};
 pub use debug::DebugLayer;
 
 use crate::base::diagnostics::Diagnostics;
+use crate::base::pool::ActiveAllocation;
 use crate::base::stats::Latency;
 use crate::engine::Block;
 
@@ -83,16 +84,17 @@ pub unsafe trait Observer: Send + Sync + fmt::Debug {
         true
     }
 
-    /// The block as the user sees it, from the engine's; `None` where the user freed it already.
+    /// The live block that the user knows at `outer`: the engine's address of it, and its usable size where that
+    /// is not the engine's.
     #[inline]
-    fn outer(&self, inner: Block) -> Option<Block> {
-        Some(inner)
+    fn find(&self, outer: usize) -> Option<(usize, Option<usize>)> {
+        Some((outer, None))
     }
 
-    /// The engine's address of the live block that the user knows at `outer`.
+    /// The live blocks as the user sees them, if the layer keeps books of its own.
     #[inline]
-    fn inner(&self, outer: usize) -> Option<usize> {
-        Some(outer)
+    fn live(&self) -> Option<Vec<ActiveAllocation>> {
+        None
     }
 
     /// Blocks that the layer holds back, and their bytes as the engine counts them.

@@ -283,17 +283,16 @@ fn history_has_the_last_operations_with_their_stacks() {
 }
 
 #[test]
-fn live_blocks_are_found_from_either_address() {
+fn live_blocks_are_found_and_listed_as_the_user_sees_them() {
     for guard_pages in [false, true] {
         let pool = TestPool::new(DebugConfig { guard_pages, ..COLLECT });
         for (size, align) in [(8, 8), (24, 1), (100, 256), (5, 8192)] {
             let block = pool.allocate(size, align) as usize;
-            let inner = pool.layer.inner(block).unwrap();
-            let whole = Block { start: inner, size: 1, dirty: 0 };
-            let outer = pool.layer.outer(whole).unwrap();
-            assert_eq!((outer.start, outer.size), (block, size));
+            let (inner, usable) = pool.layer.find(block).unwrap();
+            assert!(inner <= block && usable == Some(size));
+            assert_eq!(pool.layer.live().unwrap(), [ActiveAllocation::new(block, size)]);
             pool.free(block as *mut u8, None);
-            assert!(pool.layer.inner(block).is_none() && pool.layer.outer(whole).is_none());
+            assert!(pool.layer.find(block).is_none() && pool.layer.live().unwrap().is_empty());
         }
     }
 }

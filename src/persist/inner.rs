@@ -16,7 +16,7 @@ use super::locks::Locks;
 use super::media::{Durability, Media};
 use super::table::{Mark, Object, Table};
 use crate::base::config::PoolConfig;
-use crate::base::error::{Error, PointerFault, Result};
+use crate::base::error::{Error, PointerFault, Refusal, Result};
 use crate::base::stats::MemoryStats;
 use crate::base::sync::Lock;
 
@@ -74,6 +74,8 @@ pub(crate) struct Inner {
     pub(crate) name: String,
     pub(crate) replayed: usize,
     pub(crate) tracking: AtomicBool,
+    /// Whether the pool was destroyed through the common interface; what is under way ends as it would have.
+    destroyed: AtomicBool,
     transactions: AtomicU64,
 }
 
@@ -111,6 +113,7 @@ impl Inner {
             gate: RwLock::new(()),
             names: RwLock::new(names),
             tracking: AtomicBool::new(true),
+            destroyed: AtomicBool::new(false),
             transactions: AtomicU64::new(1),
             media,
             table,
@@ -118,6 +121,34 @@ impl Inner {
             path,
             replayed,
         }
+    }
+
+    /// Says no where the pool was destroyed, or cannot be used.
+    #[inline]
+    pub(crate) fn open(&self) -> Result<()> {
+        self.present()?;
+        self.media.check_usable()
+    }
+
+    /// Says no where the pool was destroyed.
+    #[inline]
+    pub(crate) fn present(&self) -> Result<()> {
+        if self.destroyed.load(Ordering::Relaxed) {
+            return Err(Error::InvalidOperation(Refusal::Destroyed));
+        }
+        Ok(())
+    }
+
+    /// Refuses everything from now on; an error while scratch memory is live.
+    pub(crate) fn destroy(&self) -> Result<()> {
+        let books = self.heap.lock();
+        let mut live = 0;
+        books.for_each_held(internal::SCRATCH, |_, _| live += 1);
+        if live > 0 {
+            return Err(Error::InvalidOperation(Refusal::StillLive(live)));
+        }
+        self.destroyed.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     #[inline]

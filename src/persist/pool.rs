@@ -271,6 +271,7 @@ impl PersistentPool {
                 "begin it after the read",
             ));
         }
+        inner.open()?;
         let tx = Transaction::begin(inner)?;
         let value = context::within(inner, Some(&tx), || work(&tx))?;
         tx.commit()?;
@@ -284,6 +285,7 @@ impl PersistentPool {
         if context::current(inner).reads {
             return work(&reader);
         }
+        inner.present()?;
         let gate = inner.gate.read().unwrap_or_else(|poisoned| poisoned.into_inner());
         let outcome = context::within(inner, None, || work(&reader));
         drop(gate);
@@ -294,7 +296,7 @@ impl PersistentPool {
     /// Adds at least `bytes` to the file, an eighth of its present size at the least.
     pub fn grow(&self, bytes: u64) -> Result<()> {
         let inner = &*self.inner;
-        inner.media.check_usable()?;
+        inner.open()?;
         if !inner.media.is_writable() {
             return Err(Error::refused("this pool was opened read-only", "open it for writing"));
         }

@@ -36,7 +36,7 @@ impl Inner {
     }
 
     fn allocate_raw(&self, layout: Layout) -> Result<(u64, u64)> {
-        self.media.check_usable()?;
+        self.open()?;
         if context::current(self).reads {
             return Err(Error::refused(
                 "allocating inside a read of the same thread would wait for that read",
@@ -184,7 +184,7 @@ impl PersistentPool {
     /// raw pointers, they are no part of any transaction.
     pub fn persist(&self, ptr: *const u8, len: usize) -> Result<()> {
         let media = &self.inner.media;
-        media.check_usable()?;
+        self.inner.open()?;
         let range = NonNull::new(ptr.cast_mut()).and_then(|ptr| self.inner.offset_of(ptr));
         let inside = |offset: &u64| offset.checked_add(len as u64).is_some_and(|end| end <= media.len());
         let Some(offset) = range.filter(inside) else {
@@ -228,6 +228,7 @@ impl PersistentPool {
 
     /// Grows the file where its free chunks hold less than `bytes`.
     pub fn reserve(&self, bytes: usize) -> Result<()> {
+        self.inner.open()?;
         let free = self.inner.heap.lock().free_space().0;
         match (bytes as u64).checked_sub(free) {
             None | Some(0) => Ok(()),
@@ -348,9 +349,10 @@ impl MemoryPool for PersistentPool {
         fn config(&self) -> &PoolConfig;
     }
 
-    /// What is stored stays; the file is closed with the last handle.
+    /// What is stored stays, raw blocks as well; the file is closed with the last handle, of which each refuses
+    /// everything but frees from now on. An error while containers hold scratch memory.
     fn close(&self) -> Result<()> {
-        Ok(())
+        self.inner.destroy()
     }
 
     unsafe fn deallocate(&self, ptr: NonNull<u8>) {
@@ -369,18 +371,15 @@ impl MemoryPool for PersistentPool {
 unsafe impl HostPool for PersistentPool {
     fn obtain(&self, layout: Layout, zeroed: bool) -> Result<NonNull<[u8]>> {
         let inner = &*self.inner;
-        inner.media.check_usable()?;
         if !inner.media.is_writable() {
             return Err(Error::refused("this pool was opened read-only", "open it for writing"));
         }
-        let slot = inner.heap.lock().heap.reserve(
-            &inner.media,
-            &inner.table,
-            SCRATCH,
-            layout.size(),
-            layout.align(),
-            false,
-        )?;
+        let mut books = inner.heap.lock();
+        // With the books locked, so that nothing is handed out once `destroy` has looked.
+        inner.open()?;
+        let slot =
+            books.heap.reserve(&inner.media, &inner.table, SCRATCH, layout.size(), layout.align(), false)?;
+        drop(books);
         let block = inner.block(slot.offset, slot.size);
         if zeroed {
             // SAFETY: the slot was just reserved.

@@ -228,7 +228,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
         let outer = ptr.as_ptr() as usize;
         let fault = |fault| Err(Error::pointer(outer, fault));
         if O::ACTIVE {
-            let Some(inner) = self.observer.inner(outer) else {
+            let Some((inner, _)) = self.observer.find(outer) else {
                 return fault(if self.owns(ptr) { PointerFault::NotLive } else { PointerFault::Foreign });
             };
             if self.inner_size(inner).is_none() {
@@ -264,10 +264,8 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
 
     pub(super) fn usable_size(&self, ptr: NonNull<u8>) -> Option<usize> {
         let outer = ptr.as_ptr() as usize;
-        let start = self.observer.inner(outer)?;
-        let size = self.inner_size(start)?;
-        let block = self.observer.outer(Block { start, size, dirty: size })?;
-        (block.start == outer).then_some(block.size)
+        let (inner, size) = self.observer.find(outer)?;
+        size.or_else(|| self.inner_size(inner))
     }
 
     pub(super) fn owns(&self, ptr: NonNull<u8>) -> bool {
@@ -336,16 +334,18 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
 
     /// The live blocks as the user sees them.
     pub(super) fn active(&self) -> Vec<ActiveAllocation> {
-        let mut inner = Vec::new();
+        if let Some(live) = self.observer.live() {
+            return live;
+        }
+        let mut live = Vec::new();
         self.front.with(|engine| {
             engine.settle();
-            engine.for_each_live(&mut |block| inner.push(block));
+            engine.for_each_live(&mut |block| live.push(ActiveAllocation::new(block.start, block.size)));
         });
         for Region { base, len, .. } in self.large.all() {
-            inner.push(Block { start: base.as_ptr() as usize, size: len, dirty: len });
+            live.push(ActiveAllocation::new(base.as_ptr() as usize, len));
         }
-        let outer = inner.into_iter().filter_map(|block| self.observer.outer(block));
-        outer.map(|block| ActiveAllocation::new(block.start, block.size)).collect()
+        live
     }
 
     /// Blocks that the user holds.

@@ -48,6 +48,9 @@ struct Inner {
     tracking: AtomicBool,
     /// The only thread that may use the pool, where there is only one.
     bound_to: Option<ThreadId>,
+    closed: AtomicBool,
+    /// Whether a request must ask `admit` and `open`: the pool is bound to a thread, or closed.
+    guarded: AtomicBool,
 }
 
 impl Drop for Inner {
@@ -133,6 +136,8 @@ impl CpuPool {
             name: name.into(),
             tracking: AtomicBool::new(config.track_stats),
             bound_to: (!config.thread_safe).then(|| thread::current().id()),
+            closed: AtomicBool::new(false),
+            guarded: AtomicBool::new(!config.thread_safe),
             config,
         }));
         // The hub has its final place now.
@@ -175,6 +180,7 @@ impl CpuPool {
         Err(oom)
     }
 
+    /// Says no to threads that the pool does not belong to.
     fn admit(&self) -> Result<()> {
         match self.0.bound_to {
             Some(owner) if owner != thread::current().id() => {
@@ -182,6 +188,16 @@ impl CpuPool {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Says no where the thread may not allocate, or the pool was closed.
+    #[cold]
+    fn open(&self) -> Result<()> {
+        self.admit()?;
+        if self.0.closed.load(Ordering::Acquire) {
+            return Err(Error::InvalidOperation(Refusal::Destroyed));
+        }
+        Ok(())
     }
 
     /// The class of a layout in this pool.
@@ -192,8 +208,8 @@ impl CpuPool {
 
     #[inline]
     fn serve(&self, layout: Layout, zeroed: bool) -> Result<NonNull<[u8]>> {
-        if self.0.bound_to.is_some() {
-            self.admit()?;
+        if self.0.guarded.load(Ordering::Relaxed) {
+            self.open()?;
         }
         let class = self.class(layout);
         let tracking = self.0.tracking.load(Ordering::Relaxed);
@@ -279,7 +295,7 @@ impl CpuPool {
 
     /// Makes room for `bytes` more than are in use.
     pub fn reserve(&self, bytes: usize) -> Result<()> {
-        self.admit()?;
+        self.open()?;
         if self.0.hub.book(bytes) { Ok(()) } else { Err(self.out_of_memory(bytes)) }
     }
 
@@ -287,16 +303,40 @@ impl CpuPool {
     /// need memory. Returns the bytes given back so far.
     pub fn trim(&self, keep: usize) -> Result<usize> {
         self.admit()?;
-        self.0.hub.unbook(keep);
         let own = self.with(|heap| if keep == 0 { heap.purge_all() } else { heap.purge(keep) })?;
-        Ok(if keep == 0 { own + self.0.hub.trim() } else { own })
+        let given = if keep == 0 { own + self.0.hub.trim() } else { own };
+        self.0.hub.unbook(keep);
+        Ok(given)
     }
 
     /// Gives all memory back; an error while anything is live.
     pub fn reset(&self) -> Result<()> {
-        match self.0.hub.live_count() {
+        match self.live() {
             0 => self.trim(0).map(|_| ()),
             live => Err(Error::InvalidOperation(Refusal::StillLive(live))),
+        }
+    }
+
+    /// Gives all memory back for good: every later allocation is refused with
+    /// [`Refusal::Destroyed`]. An error while anything is live, and the pool is then as it was. An allocation
+    /// that another thread has under way meanwhile may still succeed; its block stays valid until freed.
+    pub fn close(&self) -> Result<()> {
+        self.admit()?;
+        let still_live = |live| Err(Error::InvalidOperation(Refusal::StillLive(live)));
+        // Looked at before, too, so that a pool in use refuses nobody even for a moment.
+        match self.live() {
+            0 => {}
+            live => return still_live(live),
+        }
+        self.0.closed.store(true, Ordering::Release);
+        self.0.guarded.store(true, Ordering::Release);
+        match self.live() {
+            0 => self.trim(0).map(|_| ()),
+            live => {
+                self.0.closed.store(false, Ordering::Release);
+                self.0.guarded.store(self.0.bound_to.is_some(), Ordering::Release);
+                still_live(live)
+            }
         }
     }
 
@@ -350,9 +390,14 @@ impl CpuPool {
         list
     }
 
+    /// How many blocks are live, whoever allocated them.
+    pub(super) fn live(&self) -> usize {
+        self.0.hub.live_count()
+    }
+
     /// Whether anything is live.
     pub fn has_leaks(&self) -> bool {
-        self.0.hub.live_count() > 0
+        self.live() > 0
     }
 
     /// The pool's name; empty where it was given none.
@@ -496,5 +541,8 @@ impl MemoryPool for CpuPool {
     }
     fn config(&self) -> &PoolConfig {
         self.config()
+    }
+    fn close(&self) -> Result<()> {
+        self.close()
     }
 }

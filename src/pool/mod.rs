@@ -6,6 +6,7 @@
 //! | [`LockFreeFixedPool`] | as above | shared; no lock |
 //! | [`VariablePool`] | any size | shared; one lock |
 //! | [`LocalFixedPool`], [`LocalVariablePool`] | as above | one thread, no lock |
+//! | [`CpuPool`] | size classes | shared; a cache per thread |
 //! | [`AnyPool`] | as the configuration says | shared |
 //!
 //! Shared pools are handles: `clone` shares, and the last handle gives all memory back. Containers and boxes
@@ -39,6 +40,7 @@ pub use self::front::{BuildFront, Front, Local, Locked, PoolEngine};
 pub use self::interface::Host;
 pub use self::lock_free::{FixedFront, LockFree};
 pub use self::memory::HostMemory;
+pub use self::wrapped::WatchedCpuPool;
 
 use self::interface::{inherent, shared};
 use crate::base::config::{AllocatorType, PoolConfig};
@@ -349,9 +351,11 @@ inherent! {
     [F: Front, S: Source, O: Observer] Pool<F, S, O>;
     [E: PoolEngine, S: Source, O: Observer] LocalPool<E, S, O>;
     [] AnyPool;
+    [] WatchedCpuPool;
 }
 
 shared! {
     [F: Front + Send + Sync, S: Source, O: Observer] Pool<F, S, O>;
     [] AnyPool;
+    [] WatchedCpuPool;
 }

@@ -1,24 +1,53 @@
-//! A [`CpuPool`] as one of the kinds that [`AnyPool`](super::AnyPool) chooses from: with an observer around it,
-//! and a callback when memory is short. The pool itself has neither.
+//! A [`CpuPool`] with what it does not have itself: an observer around it, and a callback when memory is short.
+//! One of the kinds that [`AnyPool`](super::AnyPool) chooses from, and [`WatchedCpuPool`].
 
 use core::alloc::Layout;
 use core::mem::MaybeUninit;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use super::core::{OomCallback, pointer};
 use super::cpu::CpuPool;
 use super::interface::Host;
-use crate::base::config::{DebugConfig, MAX_ALIGNMENT, PoolConfig};
+use crate::base::config::{AllocatorType, DebugConfig, MAX_ALIGNMENT, PoolConfig};
 use crate::base::diagnostics::Diagnostics;
-use crate::base::error::{Error, OomReason, PointerFault, Refusal, Result};
+use crate::base::error::{Error, OomReason, PointerFault, Result};
 use crate::base::host::{Resized, dangling};
 use crate::base::pool::{ActiveAllocation, AllocFlags, refuse_device_flags};
 use crate::base::stats::MemoryStats;
 use crate::base::sync::Lock;
 use crate::engine::{Block, Broken};
-use crate::observe::Observer;
+use crate::observe::{DebugLayer, Observer};
+
+/// A [`CpuPool`] under the debug layer; [`CpuPool::watched`] makes it. Blocks come from the caches of threads as
+/// always, the layer's books are behind one lock.
+///
+/// ```
+/// use memory_pool::{CpuPool, FindingKind, OnFinding, PoolConfig};
+/// use std::alloc::Layout;
+/// let mut config = PoolConfig::debug_cpu();
+/// config.debug.on_finding = OnFinding::Collect;
+/// let pool = CpuPool::watched(config)?;
+/// let block = pool.allocate(Layout::new::<[u8; 24]>())?.cast::<u8>();
+/// // SAFETY: the byte behind the block is a canary of the pool; the block is live and freed once.
+/// unsafe {
+///     block.add(24).write(0);
+///     pool.deallocate(block);
+/// }
+/// assert_eq!(pool.diagnostics().unwrap().findings()[0].kind, FindingKind::Overflow);
+/// # Ok::<(), memory_pool::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct WatchedCpuPool(pub(super) Arc<Wrapped<DebugLayer>>);
+
+impl CpuPool {
+    /// A pool with the debug layer that `config.debug` describes.
+    pub fn watched(config: PoolConfig) -> Result<WatchedCpuPool> {
+        let config = super::checked(config, AllocatorType::SizeClass)?;
+        let layer = DebugLayer::new("", &config)?;
+        Ok(WatchedCpuPool(Arc::new(Wrapped::new("", config, layer)?)))
+    }
+}
 
 /// See the [module](self).
 #[derive(Debug)]
@@ -26,7 +55,6 @@ pub(super) struct Wrapped<O: Observer> {
     pool: CpuPool,
     observer: O,
     callback: Callback,
-    closed: AtomicBool,
     /// As the user gave it; the pool's own is without debugging.
     config: PoolConfig,
 }
@@ -43,14 +71,11 @@ impl core::fmt::Debug for Callback {
 impl<O: Observer> Wrapped<O> {
     pub(super) fn new(name: &str, config: PoolConfig, observer: O) -> Result<Self> {
         let pool = CpuPool::named(name, config.clone().debug(DebugConfig::OFF))?;
-        Ok(Self { pool, observer, callback: Callback::default(), closed: AtomicBool::new(false), config })
+        Ok(Self { pool, observer, callback: Callback::default(), config })
     }
 
     /// A block of the pool's own, and how it came to be.
     fn inner_block(&self, layout: Layout, flags: AllocFlags) -> Result<Block> {
-        if self.closed.load(Ordering::Relaxed) {
-            return Err(Error::InvalidOperation(Refusal::Destroyed));
-        }
         loop {
             let error = match self.pool.allocate_with(layout, flags) {
                 Ok(block) => {
@@ -58,7 +83,9 @@ impl<O: Observer> Wrapped<O> {
                     let start = block.cast::<u8>().expose_provenance().get();
                     return Ok(Block { start, size: block.len(), dirty });
                 }
-                Err(error) => error,
+                Err(error @ Error::OutOfMemory { .. }) => error,
+                // More memory would not help.
+                Err(error) => return Err(error),
             };
             let freed = O::ACTIVE && self.evict(true);
             let callback = self.callback.0.lock().clone();
@@ -173,10 +200,8 @@ unsafe impl<O: Observer> Host for Wrapped<O> {
 
     fn usable_size(&self, ptr: NonNull<u8>) -> Option<usize> {
         let outer = ptr.as_ptr() as usize;
-        let start = self.observer.inner(outer)?;
-        let size = self.pool.usable_size(NonNull::new(core::ptr::with_exposed_provenance_mut(start))?)?;
-        let block = self.observer.outer(Block { start, size, dirty: size })?;
-        (block.start == outer).then_some(block.size)
+        let (_, size) = self.observer.find(outer)?;
+        size.or_else(|| self.pool.usable_size(ptr))
     }
 
     fn reserve(&self, bytes: usize) -> Result<()> {
@@ -202,11 +227,12 @@ unsafe impl<O: Observer> Host for Wrapped<O> {
 
     fn stats(&self) -> MemoryStats {
         let mut stats = self.pool.stats();
-        if O::ACTIVE {
+        if let Some(live) = self.observer.live() {
+            // What the observer adds to a block, or holds back, is not the user's.
             stats.deallocation_count += self.observer.held().0 as u64;
-            stats.current_allocated = self.active_allocations().iter().map(|block| block.size).sum();
-            stats.latency = self.observer.latency();
+            stats.current_allocated = live.iter().map(|block| block.size).sum();
         }
+        stats.latency = self.observer.latency();
         stats
     }
 
@@ -223,16 +249,13 @@ unsafe impl<O: Observer> Host for Wrapped<O> {
         self.pool.is_tracking()
     }
 
+    /// An observer that knows the live blocks knows those of all threads.
     fn active_allocations(&self) -> Vec<ActiveAllocation> {
-        let inner = self.pool.active_allocations().into_iter();
-        let outer = inner.filter_map(|ActiveAllocation { address, size, .. }| {
-            self.observer.outer(Block { start: address, size, dirty: size })
-        });
-        outer.map(|block| ActiveAllocation::new(block.start, block.size)).collect()
+        self.observer.live().unwrap_or_else(|| self.pool.active_allocations())
     }
 
     fn live(&self) -> usize {
-        if O::ACTIVE { self.active_allocations().len() } else { usize::from(self.pool.has_leaks()) }
+        self.pool.live().saturating_sub(self.observer.held().0)
     }
 
     fn name(&self) -> &str {
@@ -254,11 +277,8 @@ unsafe impl<O: Observer> Host for Wrapped<O> {
     }
 
     fn close(&self) -> Result<()> {
-        self.closed.store(true, Ordering::Relaxed);
-        let emptied = self.reset();
-        // Refused: the pool is as it was.
-        self.closed.store(emptied.is_ok(), Ordering::Relaxed);
-        emptied
+        self.evict(true);
+        self.pool.close()
     }
 
     fn diagnostics(&self) -> Option<&dyn Diagnostics> {

@@ -5,6 +5,7 @@
 //! taken before `core`, never after.
 
 use core::alloc::Layout;
+use core::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use super::super::core::{Ask, Core, Placed, Ticket};
@@ -15,7 +16,7 @@ use super::super::stream::Stream;
 use super::source::Source;
 use crate::base::bits::round_up;
 use crate::base::config::{AllocatorType, PoolConfig};
-use crate::base::error::{Error, OomReason, Result};
+use crate::base::error::{Error, OomReason, Refusal, Result};
 use crate::base::pool::{AllocFlags, MemoryType};
 use crate::base::sync::Lock;
 
@@ -34,6 +35,8 @@ pub(in crate::gpu) struct Inner {
     pub(super) name: String,
     pub(in crate::gpu) core: Lock<Core>,
     growth: Lock<()>,
+    /// Whether the pool may hand nothing out any more. Changes under `growth` and `core`.
+    closed: AtomicBool,
     pub(super) stream: Lock<Stream>,
     pub(super) callback: Lock<Option<Arc<OomCallback>>>,
     /// Whether the device wants to hear of blocks.
@@ -59,6 +62,7 @@ impl Inner {
             name: name.into(),
             core: Lock::new(core),
             growth: Lock::default(),
+            closed: AtomicBool::new(false),
             stream: Lock::new(device.default_stream()),
             callback: Lock::default(),
             watched: device.0.driver.info().watches_blocks,
@@ -95,6 +99,7 @@ impl Inner {
             self.accept(stream)?;
         }
         let mut core = self.core.lock();
+        self.open()?;
         let lane = self.lane(&mut core, stream)?;
         let ask = Ask { bytes: rounded, align, lane };
         let driver = &*self.device.0.driver;
@@ -157,7 +162,7 @@ impl Inner {
             };
             // Deferred frees: what is freed already, once its work is complete.
             self.wait_for_frees();
-            if let Some(placed) = self.core.lock().place_slow(&*self.device.0.driver, ask) {
+            if let Some(placed) = self.place_again(ask)? {
                 return Ok(placed);
             }
             // Idle memory in the wrong places: here, then in the other pools of the device.
@@ -179,10 +184,17 @@ impl Inner {
                 self.core.lock().failed();
                 return Err(error);
             }
-            if let Some(placed) = self.core.lock().place_slow(&*self.device.0.driver, ask) {
+            if let Some(placed) = self.place_again(ask)? {
                 return Ok(placed);
             }
         }
+    }
+
+    /// Looks once more for room, after something was freed.
+    fn place_again(&self, ask: Ask) -> Result<Option<Placed>> {
+        let mut core = self.core.lock();
+        self.open()?;
+        Ok(core.place_slow(&*self.device.0.driver, ask))
     }
 
     /// Waits until the work behind every free so far is complete.
@@ -206,6 +218,7 @@ impl Inner {
         let driver = &*self.device.0.driver;
         let (need, want) = {
             let mut core = self.core.lock();
+            self.open()?;
             // Another thread may have grown the pool, or freed something, meanwhile.
             if let Some(placed) = core.place(ask) {
                 return Ok(placed);
@@ -335,6 +348,7 @@ impl Inner {
         let driver = &*self.device.0.driver;
         let (need, want) = {
             let mut core = self.core.lock();
+            self.open()?;
             core.settle(driver);
             if core.has_clean(ask.bytes) {
                 return Ok(());
@@ -380,6 +394,32 @@ impl Inner {
                 return given;
             }
         }
+    }
+
+    /// Says no where the pool was closed. Asked with the books locked.
+    #[inline]
+    fn open(&self) -> Result<()> {
+        if self.closed.load(Ordering::Relaxed) {
+            Err(Error::InvalidOperation(Refusal::Destroyed))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Gives all memory back for good; an error while anything is live. What the driver keeps, or a graph still
+    /// needs, goes with the last handle.
+    pub(super) fn close(&self) -> Result<()> {
+        let _ticket = self.growth.lock();
+        {
+            let core = self.core.lock();
+            match core.live_blocks() {
+                0 => self.closed.store(true, Ordering::Relaxed),
+                live => return Err(Error::InvalidOperation(Refusal::StillLive(live))),
+            }
+        }
+        self.wait_for_frees();
+        self.release_idle(0);
+        Ok(())
     }
 
     /// Empties the pool, whatever is live.

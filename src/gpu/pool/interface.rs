@@ -106,6 +106,12 @@ impl<K: MemoryKind> GpuPool<K> {
         Ok(())
     }
 
+    /// Gives all memory back for good: every later allocation is refused with [`Refusal::Destroyed`]. An error
+    /// while anything is live, and the pool is then as it was.
+    pub fn close(&self) -> Result<()> {
+        self.inner.close()
+    }
+
     /// Empties the pool regardless of what is live, after all work on the device is done.
     ///
     /// # Safety
@@ -256,6 +262,9 @@ impl<K: MemoryKind> MemoryPool for GpuPool<K> {
     }
     fn config(&self) -> &PoolConfig {
         self.config()
+    }
+    fn close(&self) -> Result<()> {
+        self.close()
     }
 }
 
