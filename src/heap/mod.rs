@@ -29,6 +29,8 @@ mod hub;
 mod large;
 mod list;
 mod lock;
+#[cfg(all(test, loom))]
+mod loom_models;
 mod purge;
 mod registry;
 mod remote;
