@@ -184,3 +184,49 @@ fn statistics_know_what_is_live() {
     assert!(report.contains("remote frees") && report.contains("\n         480"), "{report}");
     assert_eq!(blocks[2999][59], 2999);
 }
+
+/// As a C library would: no size at the free, alignments beyond the block's, sizes down to nothing.
+#[test]
+fn blocks_are_freed_and_resized_without_their_size() {
+    let mut kept = Vec::new();
+    for align in [1, 8, 16, 32, 128, 4096, 1 << 16, 1 << 17, 8 << 20] {
+        for size in [0, 1, 24, 100, 1000, 5000, 40_000, 65_536, 65_537, 300_000, 3 << 20] {
+            let block = POOL.alloc_unsized(size, align);
+            assert!(block.addr().is_multiple_of(align), "{size} {align}");
+            let usable = GlobalPool::usable_size(block).unwrap();
+            assert!(usable >= size.max(1), "{size} {align}: {usable}");
+            // SAFETY: all of the block is the test's.
+            unsafe { block.write_bytes(kept.len() as u8, usable) };
+            kept.push((block.addr(), usable));
+        }
+    }
+    let blocks = std::mem::take(&mut kept);
+    // From another thread as well, and after a change of size.
+    let (here, there) = blocks.split_at(blocks.len() / 2);
+    let finish = |blocks: &[(usize, usize)], first: usize| {
+        for (at, &(address, usable)) in blocks.iter().enumerate() {
+            let block = std::ptr::with_exposed_provenance_mut::<u8>(address);
+            let byte = (first + at) as u8;
+            // SAFETY: each block is live, written above, and freed once.
+            unsafe {
+                assert!(block.read() == byte && block.add(usable - 1).read() == byte);
+                let block = POOL.realloc_unsized(block, usable * 3);
+                assert!(block.read() == byte && block.add(usable - 1).read() == byte);
+                let block = POOL.realloc_unsized(block, 1 + usable / 7);
+                assert!(block.read() == byte && block.add(usable / 7).read() == byte);
+                POOL.free_unsized(block);
+            }
+        }
+    };
+    finish(here, 0);
+    std::thread::scope(|scope| _ = scope.spawn(|| finish(there, here.len())));
+    // SAFETY: null is nothing to free, and allocates.
+    unsafe {
+        POOL.free_unsized(std::ptr::null_mut());
+        POOL.free_unsized(POOL.realloc_unsized(std::ptr::null_mut(), 10));
+        let block = POOL.alloc_unsized(10, 16);
+        assert!(POOL.realloc_unsized(block, usize::MAX - 5).is_null());
+        POOL.free_unsized(block);
+    }
+    assert!(POOL.alloc_unsized(usize::MAX, 16).is_null() && POOL.alloc_unsized(1, 24).is_null());
+}

@@ -59,6 +59,85 @@ impl GlobalPool {
     }
 }
 
+/// What a C library needs: blocks are freed and resized without telling their size again.
+impl GlobalPool {
+    /// A block of `size` bytes (of one, if that is 0) at a multiple of `align`; null where there is no memory, or
+    /// where `align` is no power of two.
+    ///
+    /// ```
+    /// use memory_pool::GlobalPool;
+    /// static POOL: GlobalPool = GlobalPool::new();
+    /// let block = POOL.alloc_unsized(100, 64);
+    /// assert!(block.addr() % 64 == 0 && GlobalPool::usable_size(block).is_some_and(|size| size >= 100));
+    /// // SAFETY: the block came from this pool and is used no more.
+    /// unsafe { POOL.free_unsized(block) };
+    /// ```
+    #[inline]
+    pub fn alloc_unsized(&self, size: usize, align: usize) -> *mut u8 {
+        match Layout::from_size_align(size.max(1), align) {
+            // SAFETY: the size is not 0.
+            Ok(layout) => unsafe { self.alloc(layout) },
+            Err(_) => ptr::null_mut(),
+        }
+    }
+
+    /// [`alloc_unsized`](Self::alloc_unsized), zeroed.
+    #[inline]
+    pub fn alloc_unsized_zeroed(&self, size: usize, align: usize) -> *mut u8 {
+        match Layout::from_size_align(size.max(1), align) {
+            // SAFETY: the size is not 0.
+            Ok(layout) => unsafe { self.alloc_zeroed(layout) },
+            Err(_) => ptr::null_mut(),
+        }
+    }
+
+    /// Frees a block, however it was allocated; null is nothing to free. An address that no block of the process
+    /// heap begins at ends the program with a line on stderr where the heap can tell, which it cannot for blocks
+    /// of the calling thread's own.
+    ///
+    /// # Safety
+    /// `ptr` is null or a live block of the process heap, and is used no more.
+    #[inline]
+    pub unsafe fn free_unsized(&self, ptr: *mut u8) {
+        if !ptr.is_null() {
+            // SAFETY: the caller's contract.
+            unsafe { process::free_unsized(ptr) }
+        }
+    }
+
+    /// Resizes a block, however it was allocated, in place where that is possible; a block that moves is aligned
+    /// to 16 bytes. Null where there is no memory, and the block is then as it was. With null in `ptr` this is
+    /// [`alloc_unsized`](Self::alloc_unsized). An address that no block begins at ends the program with a line on
+    /// stderr.
+    ///
+    /// # Safety
+    /// `ptr` is null or a live block of the process heap; unless null is returned, it is used no more.
+    pub unsafe fn realloc_unsized(&self, ptr: *mut u8, size: usize) -> *mut u8 {
+        const ALIGN: usize = 16;
+        if ptr.is_null() {
+            return self.alloc_unsized(size, ALIGN);
+        }
+        // SAFETY: the caller's contract; the new block holds what is copied.
+        unsafe {
+            let usable = process::usable_size(ptr);
+            if size <= usable && size >= usable / 2 {
+                return ptr;
+            }
+            if usable > heap::CLASS_MAX
+                && let Some((block, _)) = heap::resize_big(ptr, size, true)
+            {
+                return block;
+            }
+            let block = self.alloc_unsized(size, ALIGN);
+            if !block.is_null() {
+                ptr::copy_nonoverlapping(ptr, block, usable.min(size));
+                self.free_unsized(ptr);
+            }
+            block
+        }
+    }
+}
+
 // SAFETY: blocks are as large and aligned as asked (classes hold their sizes; larger blocks are cut by size),
 // and the heap never unwinds.
 unsafe impl GlobalAlloc for GlobalPool {

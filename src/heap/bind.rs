@@ -17,7 +17,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::hub::{self, Hub};
 use super::large;
-use super::segment::{SINGLE, segment_of};
+use super::segment::segment_of;
 use super::slow::post_one;
 use super::thread::{ENDED, Front, ThreadHeap, UNBOUND};
 
@@ -37,7 +37,7 @@ fn front() -> &'static Front {
 /// The heap of the process: what `#[global_allocator]` uses.
 pub(crate) mod process {
     use super::*;
-    use crate::heap::{fault, segment_of_small};
+    use crate::heap::{self, begins_block, fault, segment_of_small};
 
     pub(crate) static HUB: Hub = Hub::new(usize::MAX);
 
@@ -113,6 +113,10 @@ pub(crate) mod process {
 
     #[inline(never)]
     unsafe fn free_unsized_slow(block: *mut u8) {
+        // SAFETY: the caller's contract. What follows the mistake that is looked for here is best effort.
+        if !unsafe { begins_block(&HUB, block) } {
+            fault::invalid_free(block);
+        }
         if let Some(heap) = bound() {
             // SAFETY: the caller's contract.
             return unsafe { heap.free_unsized(block) };
@@ -121,8 +125,21 @@ pub(crate) mod process {
         let segment = unsafe { &*segment_of(block) };
         match large::Large::at(segment) {
             Some(large) => large::free(large),
-            None if segment.class_at(block) <= SINGLE => post_one(segment, block),
-            None => fault::invalid_free(block),
+            None => post_one(segment, block),
+        }
+    }
+
+    /// Usable bytes of the block at `block`.
+    ///
+    /// # Safety
+    /// `block` is a live block of the process heap. An address that is not is found out as far as that goes.
+    pub(crate) unsafe fn usable_size(block: *mut u8) -> usize {
+        // SAFETY: the caller's contract, for both.
+        unsafe {
+            if !begins_block(&HUB, block) {
+                fault::invalid_free(block);
+            }
+            heap::usable_size(block)
         }
     }
 

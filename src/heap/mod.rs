@@ -42,7 +42,7 @@ mod tests;
 mod thread;
 
 pub(crate) use bind::{prepare as prepare_process, process};
-pub(crate) use class::{of_layout, size as class_size};
+pub(crate) use class::{MAX as CLASS_MAX, of_layout, size as class_size};
 pub(crate) use hub::Hub;
 use registry::Unit;
 pub(crate) use thread::ThreadHeap;
@@ -186,17 +186,14 @@ pub(crate) unsafe fn usable_size(block: *mut u8) -> usize {
 /// Whether a block of `hub` lies at `address`, as far as can be told without touching foreign memory: the
 /// address of a carved block's first byte, free or not.
 pub(crate) fn block_size_at(hub: &Hub, address: *mut u8) -> Option<usize> {
-    match registry::lookup(address.addr()) {
+    // The byte before: see `segment_of`.
+    match registry::lookup(address.addr().wrapping_sub(1)) {
         Unit::Segment(owner) if ptr::eq(owner, hub) => {
             // SAFETY: segments stay mapped as long as their hub, which `hub` is.
-            let segment = unsafe { &*segment_of_small(address) };
-            if address.addr() % SEGMENT < segment::HEADER || segment.class_at(address) == NO_CLASS {
-                return None;
-            }
-            let span = segment.span_at(address);
-            span.begins_block(address).then(|| span.size.get() as usize)
+            let segment = unsafe { &*segment_of(address) };
+            segment.begins_block(address).then(|| segment.span_at(address).size.get() as usize)
         }
-        Unit::Large(owner) if ptr::eq(owner, hub) => {
+        Unit::LargeBooks(owner) if ptr::eq(owner, hub) => {
             let mut found = None;
             hub.larges.lock().each(|at, size| {
                 if at == address.addr() {
@@ -209,11 +206,32 @@ pub(crate) fn block_size_at(hub: &Hub, address: *mut u8) -> Option<usize> {
     }
 }
 
+/// Whether a block of `hub` begins at `address`, free or not.
+///
+/// # Safety
+/// No large block that `address` lies in is freed meanwhile; apart from that any address will do.
+pub(crate) unsafe fn begins_block(hub: &Hub, address: *mut u8) -> bool {
+    match registry::lookup(address.addr().wrapping_sub(1)) {
+        Unit::Segment(owner) if ptr::eq(owner, hub) => {
+            // SAFETY: segments stay mapped as long as their hub, which `hub` is.
+            unsafe { &*segment_of(address) }.begins_block(address)
+        }
+        Unit::LargeBooks(owner) if ptr::eq(owner, hub) => {
+            // SAFETY: the unit begins with the books of a large block, unless that is being freed this moment.
+            let segment = unsafe { &*segment_of(address) };
+            Large::at(segment).is_some_and(|large| large.begins_at(address))
+        }
+        _ => false,
+    }
+}
+
 /// Whether `address` lies in memory of `hub`; any address will do.
 pub(crate) fn owns(hub: &Hub, address: usize) -> bool {
     match registry::lookup(address) {
         Unit::Segment(owner) => ptr::eq(owner, hub),
-        Unit::Large(owner) => ptr::eq(owner, hub) && hub.larges.lock().contain(address),
+        Unit::LargeBooks(owner) | Unit::LargeRest(owner) => {
+            ptr::eq(owner, hub) && hub.larges.lock().contain(address)
+        }
         Unit::Foreign => false,
     }
 }

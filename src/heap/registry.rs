@@ -2,8 +2,8 @@
 //!
 //! Any address may be looked up and no memory behind it is read. The table has two levels over units of a
 //! segment; leaves are mapped when first needed and stay. An entry is the hub's address, with the
-//! lowest bit set for large mappings; it is written before the unit is handed out and cleared before it is
-//! unmapped.
+//! lowest bit set for large mappings and the next for the first unit of one, where its books are; it is
+//! written before the unit is handed out and cleared before it is unmapped.
 
 use core::ptr;
 use core::sync::atomic::{AtomicPtr, Ordering};
@@ -19,6 +19,10 @@ const UNITS: usize = 1 << (ADDRESS_BITS - SEGMENT.trailing_zeros());
 const LEAF: usize = if UNITS < 1 << 13 { UNITS } else { 1 << 13 };
 
 type Leaf = [AtomicPtr<Hub>; LEAF];
+/// Tags of an entry.
+const LARGE: usize = 1;
+const FIRST: usize = 2;
+const _: () = assert!(align_of::<Hub>() > LARGE | FIRST);
 static ROOT: [AtomicPtr<Leaf>; UNITS / LEAF] = [const { AtomicPtr::new(ptr::null_mut()) }; UNITS / LEAF];
 /// Held while a leaf is added.
 pub(super) static GROWTH: SpinLock<()> = SpinLock::new(());
@@ -47,8 +51,10 @@ pub(crate) enum Unit {
     Foreign,
     /// A segment of this hub.
     Segment(*const Hub),
-    /// The unit of a large mapping of this hub, not all of which need be ours.
-    Large(*const Hub),
+    /// The first unit of a large mapping of this hub, which begins with its books.
+    LargeBooks(*const Hub),
+    /// A later one, not all of which need be ours.
+    LargeRest(*const Hub),
 }
 
 /// Notes that `[base, base + len)` belongs to `hub`; false where there is no memory for that.
@@ -59,9 +65,14 @@ pub(super) fn insert(base: usize, len: usize, hub: &Hub, large: bool) -> bool {
             return false;
         }
     }
-    for unit in units {
+    for unit in units.clone() {
         if let Some(leaf) = leaf(unit) {
-            let entry = ptr::from_ref(hub).cast_mut().map_addr(|hub| hub | usize::from(large));
+            let tags = match large {
+                false => 0,
+                true if unit == units.start => LARGE | FIRST,
+                true => LARGE,
+            };
+            let entry = ptr::from_ref(hub).cast_mut().map_addr(|hub| hub | tags);
             leaf[unit % LEAF].store(entry, Ordering::Release);
         }
     }
@@ -81,11 +92,11 @@ pub(super) fn remove(base: usize, len: usize) {
 pub(crate) fn lookup(address: usize) -> Unit {
     let unit = address / SEGMENT;
     let entry = leaf(unit).map_or(ptr::null_mut(), |leaf| leaf[unit % LEAF].load(Ordering::Acquire));
-    if entry.is_null() {
-        Unit::Foreign
-    } else if entry.addr() & 1 == 1 {
-        Unit::Large(entry.map_addr(|hub| hub & !1))
-    } else {
-        Unit::Segment(entry)
+    let hub = entry.map_addr(|hub| hub & !(LARGE | FIRST));
+    match entry.addr() & (LARGE | FIRST) {
+        _ if hub.is_null() => Unit::Foreign,
+        0 => Unit::Segment(hub),
+        LARGE => Unit::LargeRest(hub),
+        _ => Unit::LargeBooks(hub),
     }
 }

@@ -232,6 +232,13 @@ impl Segment {
         self.class_of[slice_of(address)].get()
     }
 
+    /// Whether a block, live or not, begins at `address`, which lies in this segment.
+    pub(crate) fn begins_block(&self, address: *mut u8) -> bool {
+        address as usize - self.base() as usize >= HEADER
+            && self.class_at(address) != NO_CLASS
+            && self.span_at(address).begins_block(address)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.vacant.get() == u64::MAX
     }
