@@ -19,6 +19,8 @@ use crate::gpu::GpuDevice;
 pub(super) struct Session {
     pub(super) id: u64,
     device: GpuDevice,
+    /// Somebody else captures, and launches unseen.
+    foreign: bool,
     /// The last launch on each stream.
     launches: Lock<Vec<(Stream, GpuEvent)>>,
     /// The pools whose memory the graph uses.
@@ -42,6 +44,10 @@ impl Drop for Session {
             if event.synchronize().is_err() && stream.device().synchronize().is_err() {
                 return;
             }
+        }
+        // As above.
+        if self.foreign && self.device.synchronize().is_err() {
+            return;
         }
         let id = self.id;
         self.device.0.each_member(|member| member.capture_ends(id));
@@ -81,6 +87,7 @@ impl Stream {
         self.set_session(Some(Arc::new(Session {
             id,
             device,
+            foreign: false,
             launches: Lock::default(),
             pools: Lock::default(),
         })));
@@ -115,6 +122,73 @@ impl Drop for Capture<'_> {
 impl fmt::Debug for Capture<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Capture").field("stream", self.stream).finish_non_exhaustive()
+    }
+}
+
+/// Memory of graphs that somebody else captures: a framework that begins and ends captures on streams which are only
+/// borrowed here.
+///
+/// While a stream has it ([`Stream::set_graph_memory`]), what is allocated on that stream is private to these graphs.
+/// Several captures, one after the other, may share it. It ends with its last handle, which waits for the device.
+///
+/// ```
+/// use memory_pool::gpu::GraphMemory;
+/// use memory_pool::{DevicePool, GpuDevice, PoolConfig, SimConfig};
+/// let gpu = GpuDevice::simulated(SimConfig::default());
+/// let owner = gpu.new_stream()?;
+/// // SAFETY: `owner` outlives the borrowed handle.
+/// let borrowed = unsafe { gpu.stream_from_raw(owner.as_raw()) };
+/// let pool = DevicePool::new(&gpu, PoolConfig::default_gpu())?;
+///
+/// let capture = owner.begin_capture()?;                       // by the framework
+/// assert!(pool.allocate_async(4096, &borrowed).is_err());     // whose graph would this belong to?
+/// let memory = GraphMemory::new(&gpu);
+/// borrowed.set_graph_memory(Some(&memory))?;
+/// let scratch = pool.allocate_async(4096, &borrowed)?;
+/// borrowed.set_graph_memory(None)?;
+/// let graph = capture.end()?;
+/// # // SAFETY: live, and no graph uses it.
+/// # unsafe { pool.deallocate_async(scratch, &borrowed) };
+/// # drop(graph);
+/// drop(memory);                                               // the graphs are gone
+/// # Ok::<(), memory_pool::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct GraphMemory(Arc<Session>);
+
+impl GraphMemory {
+    /// Memory for graphs on `device`, of any of its pools.
+    pub fn new(device: &GpuDevice) -> Self {
+        let (id, device) = (device.0.next_capture(), device.clone());
+        Self(Arc::new(Session {
+            id,
+            device,
+            foreign: true,
+            launches: Lock::default(),
+            pools: Lock::default(),
+        }))
+    }
+}
+
+impl fmt::Debug for GraphMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GraphMemory").field("capture", &self.0.id).finish_non_exhaustive()
+    }
+}
+
+impl Stream {
+    /// Says that the owner of this borrowed stream captures it into graphs that use `memory`, or with `None` that the
+    /// capture is over. What is allocated through this handle in between is reused in its own order, so each captured
+    /// stream needs a memory of its own.
+    pub fn set_graph_memory(&self, memory: Option<&GraphMemory>) -> Result<()> {
+        if !self.is_foreign() {
+            return Err(Error::refused("the stream is not borrowed", "use begin_capture"));
+        }
+        if let Some(GraphMemory(session)) = memory {
+            self.device().must_be(&session.device, 0)?;
+        }
+        self.set_session(memory.map(|GraphMemory(session)| session.clone()));
+        Ok(())
     }
 }
 

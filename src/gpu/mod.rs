@@ -27,7 +27,7 @@ mod stream;
 mod vec;
 
 pub use buffer::{AsDeviceSlice, DeviceBuffer, DeviceSlice, DeviceSliceMut};
-pub use capture::{Capture, Graph};
+pub use capture::{Capture, Graph, GraphMemory};
 pub use device::GpuDevice;
 pub use driver::sim::{Hazard, HazardKind, SimConfig, SimMemory, Simulation, Touch};
 pub use host::{HostBuffer, ManagedBuffer, PinnedBuffer, Transfer};

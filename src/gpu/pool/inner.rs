@@ -5,7 +5,7 @@
 //! taken before `core`, never after.
 
 use core::alloc::Layout;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use super::super::core::{Ask, Core, Placed, Ticket};
@@ -37,6 +37,8 @@ pub(in crate::gpu) struct Inner {
     growth: Lock<()>,
     /// Whether the pool may hand nothing out any more. Changes under `growth` and `core`.
     closed: AtomicBool,
+    /// Most bytes that the pool may hold; `max_size` of the configuration until it is set anew.
+    pub(super) limit: AtomicUsize,
     pub(super) stream: Lock<Stream>,
     pub(super) callback: Lock<Option<Arc<OomCallback>>>,
     /// Whether the device wants to hear of blocks.
@@ -63,6 +65,7 @@ impl Inner {
             core: Lock::new(core),
             growth: Lock::default(),
             closed: AtomicBool::new(false),
+            limit: AtomicUsize::new(config.max_size),
             stream: Lock::new(device.default_stream()),
             callback: Lock::default(),
             watched: device.0.driver.info().watches_blocks,
@@ -253,9 +256,10 @@ impl Inner {
         let exact = segment.checked_add(slack).and_then(|sum| round_up(sum, 512)).ok_or(overflow)?;
         let usual = round_up(exact, MIN_GROWTH).ok_or(overflow)?;
         let share = (reserved as f64 * (self.config.growth_factor - 1.0)) as usize;
-        let room = self.config.max_size.saturating_sub(reserved) & !511;
+        let limit = self.limit.load(Ordering::Relaxed);
+        let room = limit.saturating_sub(reserved) & !511;
         if exact > room {
-            return Err(Error::oom(ask.bytes, OomReason::Limit(self.config.max_size)));
+            return Err(Error::oom(ask.bytes, OomReason::Limit(limit)));
         }
         let want = usual.max(share & !(MIN_GROWTH - 1)).min(room);
         Ok((exact, want.max(exact)))

@@ -2,6 +2,7 @@
 
 mod inner;
 mod interface;
+mod settled;
 mod source;
 
 use core::alloc::Layout;
@@ -228,6 +229,24 @@ impl<K: MemoryKind> GpuPool<K> {
     /// Bytes held from the driver.
     pub fn pool_size(&self) -> usize {
         self.inner.core.lock().reserved
+    }
+
+    /// Most bytes that the pool may hold now.
+    pub fn max_size(&self) -> usize {
+        self.inner.limit.load(core::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Sets the most bytes that the pool may hold from now on. Idle memory above it is given back; what is live may
+    /// exceed it, and then nothing is added until enough was freed.
+    pub fn set_max_size(&self, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Err(Error::config("max_size", 0, "1 or more; usize::MAX for no limit"));
+        }
+        self.inner.limit.store(bytes, core::sync::atomic::Ordering::Relaxed);
+        if self.pool_size() > bytes {
+            self.inner.release_idle(bytes.saturating_sub(self.allocated_size()));
+        }
+        Ok(())
     }
 
     /// Bytes of host memory that the pool's books take.
