@@ -22,6 +22,7 @@ pub use base::config::{AllocatorType, DebugConfig, OnFinding, PoolConfig, Strate
 pub use base::diagnostics::{Diagnostics, FindingLog, Operation, OperationKind};
 pub use base::error::{Error, ErrorCategory, Result};
 pub use base::finding::{Finding, FindingKind, LeakReport, Site};
+pub use base::heap_config::{Hardening, HeapConfig, HugeUse, Purge};
 pub use base::host::HostPool;
 pub use base::policy::{FreeRange, Policy, Request};
 pub use base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};

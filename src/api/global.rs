@@ -4,11 +4,13 @@ use core::alloc::{GlobalAlloc, Layout};
 use core::ptr::{self, NonNull};
 
 use crate::base::error::{Error, OomReason, Result};
+use crate::base::heap_config::HeapConfig;
 use crate::base::host::{HostPool, Resized};
 use crate::heap::stats::HeapStats;
-use crate::heap::{self, process};
+use crate::heap::{self, process, process::Asker};
 
-/// A handle on the one heap of the process, for `#[global_allocator]` and for containers.
+/// A handle on the one heap of the process, for `#[global_allocator]` and for containers, which hold a reference to
+/// one in less room than a copy of it.
 ///
 /// ```
 /// use memory_pool::GlobalPool;
@@ -17,13 +19,29 @@ use crate::heap::{self, process};
 /// let numbers: Vec<u64> = (0..1000).collect();
 /// assert!(GlobalPool::owns(numbers.as_ptr().cast()));
 /// ```
+///
+/// The heap is configured once: by the configuration of the `#[global_allocator]`, or where that is another
+/// allocator, of the handle used first, in both cases with what the environment adds ([`HeapConfig`]).
 #[derive(Clone, Copy, Debug, Default)]
-pub struct GlobalPool(());
+pub struct GlobalPool {
+    config: HeapConfig,
+}
 
 impl GlobalPool {
     /// The process heap, with its defaults.
     pub const fn new() -> Self {
-        Self(())
+        Self::with_config(HeapConfig::new())
+    }
+
+    /// The process heap, configured. The environment's word counts more: see [`HeapConfig`].
+    pub const fn with_config(config: HeapConfig) -> Self {
+        Self { config }
+    }
+
+    /// The configuration in force.
+    pub fn config() -> HeapConfig {
+        process::with_heap(|_| ());
+        heap::settings::in_force().unwrap_or_default()
     }
 
     /// Whether `ptr` lies in memory of the process heap. Any address may be asked about; none is read.
@@ -143,10 +161,7 @@ impl GlobalPool {
 unsafe impl GlobalAlloc for GlobalPool {
     #[inline]
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        match heap::of_layout(layout.size(), layout.align()) {
-            Some(class) => process::alloc(class),
-            None => process::alloc_big(layout.size(), layout.align()).0,
-        }
+        obtain(layout, Asker::Program(&self.config))
     }
 
     #[inline]
@@ -162,15 +177,7 @@ unsafe impl GlobalAlloc for GlobalPool {
 
     #[inline]
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        let (block, zeroed) = match heap::of_layout(layout.size(), layout.align()) {
-            Some(class) => (process::alloc(class), false),
-            None => process::alloc_big(layout.size(), layout.align()),
-        };
-        if !block.is_null() && !zeroed {
-            // SAFETY: a fresh block of that size.
-            unsafe { block.write_bytes(0, layout.size()) };
-        }
-        block
+        obtain_zeroed(layout, Asker::Program(&self.config))
     }
 
     #[inline]
@@ -206,6 +213,27 @@ unsafe fn realloc_slow(pool: &GlobalPool, ptr: *mut u8, layout: Layout, new_size
     }
 }
 
+#[inline(always)]
+fn obtain(layout: Layout, asker: Asker<'_>) -> *mut u8 {
+    match heap::of_layout(layout.size(), layout.align()) {
+        Some(class) => process::alloc(class, asker),
+        None => process::alloc_big(layout.size(), layout.align(), asker).0,
+    }
+}
+
+#[inline(always)]
+fn obtain_zeroed(layout: Layout, asker: Asker<'_>) -> *mut u8 {
+    let (block, zeroed) = match heap::of_layout(layout.size(), layout.align()) {
+        Some(class) => (process::alloc(class, asker), false),
+        None => process::alloc_big(layout.size(), layout.align(), asker),
+    };
+    if !block.is_null() && !zeroed {
+        // SAFETY: a fresh block of that size.
+        unsafe { block.write_bytes(0, layout.size()) };
+    }
+    block
+}
+
 fn usable(block: NonNull<u8>, layout: Layout) -> NonNull<[u8]> {
     let size = match heap::of_layout(layout.size(), layout.align()) {
         Some(class) => heap::class_size(class),
@@ -219,8 +247,8 @@ fn usable(block: NonNull<u8>, layout: Layout) -> NonNull<[u8]> {
 unsafe impl HostPool for GlobalPool {
     #[inline]
     fn obtain(&self, layout: Layout, zeroed: bool) -> Result<NonNull<[u8]>> {
-        // SAFETY: the size is not 0 (contract of HostPool).
-        let block = unsafe { if zeroed { self.alloc_zeroed(layout) } else { self.alloc(layout) } };
+        let asker = Asker::Handle(&self.config);
+        let block = if zeroed { obtain_zeroed(layout, asker) } else { obtain(layout, asker) };
         match NonNull::new(block) {
             Some(block) if zeroed => Ok(NonNull::slice_from_raw_parts(block, layout.size())),
             Some(block) => Ok(usable(block, layout)),

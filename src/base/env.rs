@@ -16,23 +16,26 @@ macro_rules! words {
     };
 }
 
-/// `4096`, `64K`, `512M`, `2G` (powers of 1024; `KiB` or `KB` are the same), or `unlimited`.
-fn bytes(variable: &'static str, text: &str) -> Result<usize> {
-    let wrong = || Error::config(variable, text, "bytes: 4096, 64K, 512M, 2G or \"unlimited\"");
+/// `4096`, `64K`, `512M`, `2G` (powers of 1024; `KiB` or `KB` are the same), or `unlimited`. Allocates nothing.
+pub(crate) fn parse_bytes(text: &str) -> Option<usize> {
     if text.eq_ignore_ascii_case("unlimited") {
-        return Ok(usize::MAX);
+        return Some(usize::MAX);
     }
     let digits = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
-    let shift = match text[digits..].to_ascii_lowercase().as_str() {
-        "" | "b" => 0,
-        "k" | "kb" | "kib" => 10,
-        "m" | "mb" | "mib" => 20,
-        "g" | "gb" | "gib" => 30,
-        "t" | "tb" | "tib" => 40,
-        _ => return Err(wrong()),
-    };
-    let count: usize = text[..digits].parse().map_err(|_| wrong())?;
-    count.checked_mul(1 << shift).ok_or_else(wrong)
+    let (digits, unit) = text.split_at(digits);
+    let units = [("", 0), ("b", 0), ("k", 10), ("m", 20), ("g", 30), ("t", 40)];
+    let shift = units.iter().find_map(|&(name, shift)| {
+        let rest = unit.get(name.len()..).filter(|_| unit[..name.len()].eq_ignore_ascii_case(name))?;
+        let is_unit = rest.is_empty()
+            || shift > 0 && ["b", "ib"].iter().any(|ending| rest.eq_ignore_ascii_case(ending));
+        is_unit.then_some(shift)
+    })?;
+    digits.parse::<usize>().ok()?.checked_mul(1 << shift)
+}
+
+fn bytes(variable: &'static str, text: &str) -> Result<usize> {
+    parse_bytes(text)
+        .ok_or_else(|| Error::config(variable, text, "bytes: 4096, 64K, 512M, 2G or \"unlimited\""))
 }
 
 fn boolean(variable: &'static str, text: &str) -> Result<bool> {

@@ -6,6 +6,7 @@ pub mod diagnostics;
 pub(crate) mod env;
 pub mod error;
 pub mod finding;
+pub mod heap_config;
 pub mod host;
 pub(crate) mod latency;
 pub mod policy;

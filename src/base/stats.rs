@@ -1,6 +1,6 @@
 //! What a pool did and holds: a plain value, gathered when asked for.
 
-use core::fmt;
+use core::fmt::{self, Write};
 
 /// Buckets of the size histogram; bucket `i` counts requests of up to `16 << i` bytes, the last all larger.
 pub const HISTOGRAM_BUCKETS: usize = 24;
@@ -145,8 +145,28 @@ impl fmt::Display for Bytes {
         const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
         let unit = (self.0.max(1).ilog2() / 10).min(5) as usize;
         let scaled = self.0 as f64 / (1u64 << (10 * unit)) as f64;
-        let text = if unit == 0 { format!("{} B", self.0) } else { format!("{scaled:.1} {}", UNITS[unit]) };
-        f.pad(&text)
+        let mut text = Short { text: [0; 24], len: 0 };
+        if unit == 0 {
+            write!(text, "{} B", self.0)?;
+        } else {
+            write!(text, "{scaled:.1} {}", UNITS[unit])?;
+        }
+        f.pad(core::str::from_utf8(&text.text[..text.len]).unwrap_or_default())
+    }
+}
+
+/// A few letters, for what is written where nothing may be allocated.
+struct Short {
+    text: [u8; 24],
+    len: usize,
+}
+
+impl fmt::Write for Short {
+    fn write_str(&mut self, more: &str) -> fmt::Result {
+        let room = self.text.get_mut(self.len..self.len + more.len()).ok_or(fmt::Error)?;
+        room.copy_from_slice(more.as_bytes());
+        self.len += more.len();
+        Ok(())
     }
 }
 

@@ -10,16 +10,22 @@
 //! library, so that no thread calls the hook after its code is gone; what was allocated stays mapped, since the
 //! program may still hold it.
 
+use core::alloc::Layout;
 use core::cell::Cell;
 use core::ffi::c_void;
+use core::fmt::Write;
 use core::ptr;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::hub::{self, Hub};
 use super::large;
 use super::segment::segment_of;
+use super::settings;
 use super::slow::post_one;
+use super::stderr::Stderr;
 use super::thread::{ENDED, Front, ThreadHeap, UNBOUND};
+use crate::base::heap_config::HeapConfig;
+use process::Asker;
 
 thread_local! {
     static FRONT: Cell<*const Front> = const { Cell::new(&raw const UNBOUND) };
@@ -41,25 +47,36 @@ pub(crate) mod process {
 
     pub(crate) static HUB: Hub = Hub::new(usize::MAX);
 
+    /// Who asks, which decides on the configuration when the first asks.
+    #[derive(Clone, Copy)]
+    pub(crate) enum Asker<'a> {
+        /// The program's allocator, or the C library's functions.
+        Program(&'a HeapConfig),
+        /// A handle, which may be another one than the program's allocator.
+        Handle(&'a HeapConfig),
+    }
+
+    const NOBODY: Asker<'static> = Asker::Handle(&HeapConfig::new());
+
     /// A block for a layout whose class is known.
     #[inline(always)]
-    pub(crate) fn alloc(class: usize) -> *mut u8 {
+    pub(crate) fn alloc(class: usize, asker: Asker<'_>) -> *mut u8 {
         // SAFETY: the front is this thread's, and classes are in range.
         let block = unsafe { front().pop(class) };
-        if block.is_null() { alloc_slow(class) } else { block }
+        if block.is_null() { alloc_slow(class, asker) } else { block }
     }
 
     #[cold]
     #[inline(never)]
-    fn alloc_slow(class: usize) -> *mut u8 {
-        with_heap(|heap| heap.alloc(class)).unwrap_or(ptr::null_mut())
+    fn alloc_slow(class: usize, asker: Asker<'_>) -> *mut u8 {
+        with_heap_for(asker, |heap| heap.alloc(class)).unwrap_or(ptr::null_mut())
     }
 
     /// A block for a layout without a class. The flag says whether it is zero.
     #[cold]
     #[inline(never)]
-    pub(crate) fn alloc_big(size: usize, align: usize) -> (*mut u8, bool) {
-        with_heap(|heap| heap.alloc_big(size, align)).unwrap_or((ptr::null_mut(), false))
+    pub(crate) fn alloc_big(size: usize, align: usize, asker: Asker<'_>) -> (*mut u8, bool) {
+        with_heap_for(asker, |heap| heap.alloc_big(size, align)).unwrap_or((ptr::null_mut(), false))
     }
 
     /// Frees a block of `class`.
@@ -144,10 +161,14 @@ pub(crate) mod process {
     }
 
     /// This thread's heap, bound now if it was not; `None` after the thread's exit hook or without memory.
-    pub(crate) fn bound() -> Option<&'static ThreadHeap> {
+    fn bound() -> Option<&'static ThreadHeap> {
+        bound_for(NOBODY)
+    }
+
+    pub(super) fn bound_for(asker: Asker<'_>) -> Option<&'static ThreadHeap> {
         let front = front();
         if ptr::eq(front, &UNBOUND) {
-            bind()
+            bind(asker)
         } else if ptr::eq(front, &ENDED) {
             None
         } else {
@@ -158,7 +179,11 @@ pub(crate) mod process {
 
     /// Runs `work` on this thread's heap, or on the one for threads that have none any more.
     pub(crate) fn with_heap<R>(work: impl FnOnce(&ThreadHeap) -> R) -> Option<R> {
-        match bound() {
+        with_heap_for(NOBODY, work)
+    }
+
+    fn with_heap_for<R>(asker: Asker<'_>, work: impl FnOnce(&ThreadHeap) -> R) -> Option<R> {
+        match bound_for(asker) {
             Some(heap) => Some(work(heap)),
             None => HUB.with_late(work),
         }
@@ -166,7 +191,19 @@ pub(crate) mod process {
 }
 
 #[cold]
-fn bind() -> Option<&'static ThreadHeap> {
+fn bind(asker: Asker<'_>) -> Option<&'static ThreadHeap> {
+    let is_first = match asker {
+        Asker::Program(config) => settings::settle(&process::HUB, config),
+        Asker::Handle(config) => {
+            if settings::in_force().is_none() {
+                ask_as_program();
+                if !ptr::eq(front(), &UNBOUND) {
+                    return process::bound_for(asker);
+                }
+            }
+            settings::settle(&process::HUB, config)
+        }
+    };
     let heap = process::HUB.take_heap()?;
     FRONT.with(|front| front.set(&heap.front));
     prepare();
@@ -175,7 +212,27 @@ fn bind() -> Option<&'static ThreadHeap> {
         // SAFETY: the key was made by `prepare`.
         unsafe { libc::pthread_setspecific(key as libc::pthread_key_t, ptr::from_ref(heap).cast()) };
     }
+    if is_first && settings::in_force().is_some_and(|config| config.report_at_exit) {
+        // SAFETY: a function that never unwinds.
+        unsafe { libc::atexit(report_at_exit) };
+    }
     Some(heap)
+}
+
+/// Allocates as the program does, so that the configuration of its allocator, if that is this heap, comes first.
+fn ask_as_program() {
+    let layout = Layout::new::<u64>();
+    // SAFETY: the layout has a size, and the block is freed with it.
+    unsafe {
+        let block = core::hint::black_box(std::alloc::alloc(layout));
+        if !block.is_null() {
+            std::alloc::dealloc(block, layout);
+        }
+    }
+}
+
+extern "C" fn report_at_exit() {
+    _ = writeln!(Stderr::new(), "memory-pool, at exit:\n{}", process::HUB.snapshot());
 }
 
 const NO_KEY: u64 = u64::MAX;

@@ -5,21 +5,21 @@
 
 use core::cell::Cell;
 use core::ptr;
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use super::large::Larges;
 use super::list::List;
 use super::lock::SpinLock;
 use super::registry;
 use super::segment::{HEADER, SEGMENT, SLICE, SLICES, Segment, Segments};
+use super::settings::Settings;
 use super::thread::ThreadHeap;
+use crate::base::heap_config::HeapConfig;
 use crate::source::os;
 
 /// Segments reserved at once, so that most segments cost no call. Address space only.
 const SMALL_REGION: usize = 4;
 const HUGE_REGION: usize = 16;
-/// Idle memory that unowned segments may hold: enough for a stream of short threads.
-const WARM: usize = 4 << 20;
 
 /// The shared part of a heap.
 pub(crate) struct Hub {
@@ -35,15 +35,14 @@ pub(crate) struct Hub {
     pub(crate) counters: Counters,
     /// Rises when somebody asks all threads to give idle memory back.
     trims: AtomicU32,
-    /// Whether huge pages may be asked for.
-    pub(crate) huge: AtomicBool,
+    pub(super) settings: Settings,
     next_hub: AtomicPtr<Hub>,
     /// Calls to the operating system that are let through before one fails; `u64::MAX` for all.
     #[cfg(test)]
     pub(super) fail_after: AtomicU64,
     /// Whether all go through again after the one that fails.
     #[cfg(test)]
-    pub(super) fail_once: AtomicBool,
+    pub(super) fail_once: core::sync::atomic::AtomicBool,
 }
 
 /// What only slow paths count.
@@ -107,12 +106,12 @@ impl Hub {
                 orphaned: AtomicUsize::new(0),
             },
             trims: AtomicU32::new(0),
-            huge: AtomicBool::new(true),
+            settings: Settings::new(),
             next_hub: AtomicPtr::new(ptr::null_mut()),
             #[cfg(test)]
             fail_after: AtomicU64::new(u64::MAX),
             #[cfg(test)]
-            fail_once: AtomicBool::new(false),
+            fail_once: core::sync::atomic::AtomicBool::new(false),
         }
     }
 
@@ -173,6 +172,12 @@ impl Hub {
         self.limit.load(Ordering::Relaxed)
     }
 
+    /// Sets the hub to a configuration, before it is used.
+    pub(super) fn configure(&self, config: &HeapConfig) {
+        self.limit.store(config.limit, Ordering::Relaxed);
+        self.settings.apply(config);
+    }
+
     pub(crate) fn booked(&self) -> usize {
         self.booked.load(Ordering::Relaxed)
     }
@@ -227,7 +232,7 @@ impl Hub {
 
     /// A segment for the calling thread, all vacant; the caller becomes its owner.
     pub(super) fn take_segment(&self, huge: bool) -> Option<&Segment> {
-        let kind = usize::from(huge && self.huge.load(Ordering::Relaxed));
+        let kind = usize::from(huge);
         if let Some(segment) = self.take_present(&mut self.shared.lock(), kind) {
             return Some(segment);
         }
@@ -284,7 +289,7 @@ impl Hub {
         debug_assert!(segment.is_empty());
         segment.head.owner.store(ptr::null_mut(), Ordering::Release);
         let mut shared = self.shared.lock();
-        if shared.warm + segment.idle_bytes() > WARM {
+        if shared.warm + segment.idle_bytes() > self.settings.warm() {
             drop(shared);
             self.empty_segment(segment);
             shared = self.shared.lock();

@@ -19,9 +19,6 @@ use super::registry;
 use super::segment::{Head, SEGMENT, Segment, segment_of};
 use crate::source::os;
 
-/// Mappings of this size ask for huge pages.
-const HUGE_FROM: usize = 8 << 20;
-
 /// The books of a large block.
 #[repr(C)]
 pub(crate) struct Large {
@@ -83,11 +80,10 @@ impl Large {
     }
 
     fn advise(&self) {
-        if self.len.get() >= HUGE_FROM && self.hub().huge.load(Ordering::Relaxed) {
+        let base = NonNull::new(self.base.get() as *mut u8);
+        if let (Some(base), Some(huge)) = (base, self.hub().settings.huge_large(self.len.get())) {
             // SAFETY: the mapping is ours.
-            unsafe {
-                os::advise_huge(NonNull::new_unchecked(self.base.get() as *mut u8), self.len.get(), true)
-            };
+            unsafe { os::advise_huge(base, self.len.get(), huge) };
         }
     }
 

@@ -35,8 +35,10 @@ mod purge;
 mod registry;
 mod remote;
 mod segment;
+pub(crate) mod settings;
 mod slow;
 pub(crate) mod stats;
+mod stderr;
 #[cfg(all(test, not(loom)))]
 mod tests;
 mod thread;

@@ -12,8 +12,6 @@ use super::segment::{Place, SLICE, Segment, Span, run};
 use super::thread::{ThreadHeap, bump, lower};
 use crate::source::os;
 
-/// Idle memory that a thread keeps in any case.
-const KEEP_LEAST: usize = 2 << 20;
 /// A heap that was larger than this and shrank to a quarter empties its caches, whose blocks would hold
 /// scattered pages.
 const SHRUNK_FROM: usize = 8 << 20;
@@ -21,11 +19,15 @@ const SHRUNK_FROM: usize = 8 << 20;
 impl ThreadHeap {
     #[inline]
     pub(super) fn purge_if_due(&self) {
-        if self.live.get() < self.high_water.get() / 4 && self.high_water.get() > SHRUNK_FROM {
+        let settings = &self.hub().settings;
+        if self.live.get() < self.high_water.get() / 4
+            && self.high_water.get() > SHRUNK_FROM
+            && settings.purges()
+        {
             self.high_water.set(self.live.get());
             self.flush_all();
         }
-        let keep = KEEP_LEAST.max(self.live.get() / 2);
+        let keep = settings.keep(self.live.get());
         if self.pending.get() > keep {
             self.purge(keep - keep / 4);
         }

@@ -14,8 +14,6 @@ use crate::source::os;
 const POLLED: usize = 8;
 /// Refills after which the outboxes are posted, however little is in them.
 const OUTBOX_AGE: u32 = 64;
-/// A thread whose heap is this large gets segments with huge pages.
-const HUGE_FROM: usize = 8;
 
 impl ThreadHeap {
     /// Fills the empty cache of `class` and returns one block; null when there is no memory.
@@ -251,7 +249,7 @@ impl ThreadHeap {
                 return Some((segment, first));
             }
         }
-        let segment = hub.take_segment(self.segment_count.get() >= HUGE_FROM)?;
+        let segment = hub.take_segment(hub.settings.huge_segment(self.segment_count.get()))?;
         segment.head.owner.store(ptr::from_ref(self).cast_mut(), Ordering::Release);
         self.enter(segment);
         Some((segment, segment.find_run(count, from)?))
