@@ -92,10 +92,14 @@ impl GlobalPool {
     /// ```
     #[inline]
     pub fn alloc_unsized(&self, size: usize, align: usize) -> *mut u8 {
-        match Layout::from_size_align(size.max(1), align) {
-            // SAFETY: the size is not 0.
-            Ok(layout) => unsafe { self.alloc(layout) },
-            Err(_) => ptr::null_mut(),
+        if !align.is_power_of_two() {
+            return ptr::null_mut();
+        }
+        // A block of no bytes is aligned as well.
+        let size = if align > heap::MIN_ALIGN { size.max(1) } else { size };
+        match heap::of_layout(size, align) {
+            Some(class) => process::alloc(class, Asker::Program(&self.config)),
+            None => process::alloc_big(size, align, Asker::Program(&self.config)).0,
         }
     }
 
@@ -121,6 +125,18 @@ impl GlobalPool {
             // SAFETY: the caller's contract.
             unsafe { process::free_unsized(ptr) }
         }
+    }
+
+    /// Bytes that may be used of a block, however it was allocated: as [`usable_size`](Self::usable_size) and
+    /// faster, since it believes the caller.
+    ///
+    /// # Safety
+    /// `ptr` is a live block of the process heap. An address that no block begins at ends the program with a line
+    /// on stderr.
+    #[inline]
+    pub unsafe fn usable_size_of_live(&self, ptr: *mut u8) -> usize {
+        // SAFETY: the caller's contract.
+        unsafe { process::usable_size(ptr) }
     }
 
     /// Resizes a block, however it was allocated, in place where that is possible; a block that moves is aligned

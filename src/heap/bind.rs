@@ -11,7 +11,6 @@
 //! program may still hold it.
 
 use core::alloc::Layout;
-use core::cell::Cell;
 use core::ffi::c_void;
 use core::fmt::Write;
 use core::ptr;
@@ -19,25 +18,20 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::hub::{self, Hub};
 use super::large;
-use super::segment::segment_of;
+use super::registry;
+use super::segment::{SINGLE, segment_of};
 use super::settings;
+use super::slot;
 use super::slow::post_one;
 use super::stderr::Stderr;
 use super::thread::{ENDED, Front, ThreadHeap, UNBOUND};
 use crate::base::heap_config::HeapConfig;
 use process::Asker;
 
-thread_local! {
-    static FRONT: Cell<*const Front> = const { Cell::new(&raw const UNBOUND) };
-}
-
 #[inline(always)]
 fn front() -> &'static Front {
-    // A pointer and not a reference comes out of the closure: its null would be taken for "no slot" and
-    // tested for.
-    let front = FRONT.with(Cell::get);
     // SAFETY: the slot always points to a static front or to this thread's heap, which lives for ever.
-    unsafe { &*front }
+    unsafe { &*slot::get() }
 }
 
 /// The heap of the process: what `#[global_allocator]` uses.
@@ -109,23 +103,31 @@ pub(crate) mod process {
         }
     }
 
-    /// Frees a block of which nothing is known.
+    /// Frees a block of which nothing is known. The registry is asked before anything is read: C programs free
+    /// addresses where nothing is mapped.
     ///
     /// # Safety
-    /// `block` is a live block of the process heap.
+    /// `block` is a live block of the process heap. An address that is not is found out as far as that goes.
     #[inline]
     pub(crate) unsafe fn free_unsized(block: *mut u8) {
-        let front = front();
-        // SAFETY: a live block has books before it.
-        let segment = unsafe { &*segment_of(block) };
-        let owner = segment.head.owner.load(Ordering::Relaxed);
-        if ptr::eq(owner.cast(), front) {
-            // SAFETY: the front of a thread that owns a segment is its heap; the block is the caller's.
-            unsafe { (*owner).free_unsized(block) };
-        } else {
-            // SAFETY: the caller's contract.
-            unsafe { free_unsized_slow(block) };
+        if registry::in_segment(block.addr().wrapping_sub(1), &HUB) {
+            // SAFETY: the registry says that there is a segment.
+            let segment = unsafe { &*segment_of(block) };
+            let (front, class) = (front(), segment.class_at(block));
+            let owner = segment.head.owner.load(Ordering::Relaxed);
+            if ptr::eq(owner.cast(), front) && class < SINGLE {
+                // SAFETY: the front of a thread that owns a segment is its heap; the block is the caller's, and of
+                // that class.
+                unsafe {
+                    if !front.push(class as usize, block) {
+                        (*owner).flush(class as usize, block);
+                    }
+                }
+                return;
+            }
         }
+        // SAFETY: the caller's contract.
+        unsafe { free_unsized_slow(block) };
     }
 
     #[inline(never)]
@@ -205,7 +207,7 @@ fn bind(asker: Asker<'_>) -> Option<&'static ThreadHeap> {
         }
     };
     let heap = process::HUB.take_heap()?;
-    FRONT.with(|front| front.set(&heap.front));
+    slot::set(&heap.front);
     prepare();
     let key = KEY.load(Ordering::Acquire);
     if key != NO_KEY {
@@ -278,7 +280,7 @@ extern "C" fn on_unload() {
 static ON_UNLOAD: extern "C" fn() = on_unload;
 
 extern "C" fn on_thread_end(heap: *mut c_void) {
-    FRONT.with(|front| front.set(&ENDED));
+    slot::set(&ENDED);
     // SAFETY: the key's value is this thread's heap, which lives for ever.
     let heap = unsafe { &*heap.cast::<ThreadHeap>() };
     heap.end();

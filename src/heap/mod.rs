@@ -36,6 +36,7 @@ mod registry;
 mod remote;
 mod segment;
 pub(crate) mod settings;
+mod slot;
 mod slow;
 pub(crate) mod stats;
 mod stderr;
@@ -44,7 +45,7 @@ mod tests;
 mod thread;
 
 pub(crate) use bind::{prepare as prepare_process, process};
-pub(crate) use class::{MAX as CLASS_MAX, of_layout, size as class_size};
+pub(crate) use class::{MAX as CLASS_MAX, MIN_ALIGN, of_layout, size as class_size};
 pub(crate) use hub::Hub;
 use registry::Unit;
 pub(crate) use thread::ThreadHeap;

@@ -27,6 +27,7 @@ static ROOT: [AtomicPtr<Leaf>; UNITS / LEAF] = [const { AtomicPtr::new(ptr::null
 /// Held while a leaf is added.
 pub(super) static GROWTH: SpinLock<()> = SpinLock::new(());
 
+#[inline(always)]
 fn leaf(unit: usize) -> Option<&'static Leaf> {
     // SAFETY: leaves are never unmapped, and published after they were mapped.
     unsafe { ROOT.get(unit / LEAF)?.load(Ordering::Acquire).as_ref() }
@@ -88,10 +89,21 @@ pub(super) fn remove(base: usize, len: usize) {
     }
 }
 
+#[inline(always)]
+fn entry(address: usize) -> *mut Hub {
+    let unit = address / SEGMENT;
+    leaf(unit).map_or(ptr::null_mut(), |leaf| leaf[unit % LEAF].load(Ordering::Acquire))
+}
+
+/// Whether `address` lies in a segment of `hub`.
+#[inline(always)]
+pub(super) fn in_segment(address: usize, hub: &Hub) -> bool {
+    ptr::eq(entry(address), hub)
+}
+
 /// What the unit of `address` belongs to.
 pub(crate) fn lookup(address: usize) -> Unit {
-    let unit = address / SEGMENT;
-    let entry = leaf(unit).map_or(ptr::null_mut(), |leaf| leaf[unit % LEAF].load(Ordering::Acquire));
+    let entry = entry(address);
     let hub = entry.map_addr(|hub| hub & !(LARGE | FIRST));
     match entry.addr() & (LARGE | FIRST) {
         _ if hub.is_null() => Unit::Foreign,

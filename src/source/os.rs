@@ -113,12 +113,29 @@ fn map_pages(len: usize, access: Access, extra_flags: libc::c_int) -> Result<Non
 /// # Safety
 /// The pages belong to mappings made here and are used no more.
 pub unsafe fn unmap(base: NonNull<u8>, len: usize) {
-    // SAFETY: the caller's contract.
-    unsafe {
-        if libc::munmap(base.as_ptr().cast(), len) != 0 {
-            discard(base, len);
+    keeping_errno(|| {
+        // SAFETY: the caller's contract.
+        unsafe {
+            if libc::munmap(base.as_ptr().cast(), len) != 0 {
+                discard(base, len);
+            }
         }
+    });
+}
+
+/// Runs what happens inside of frees, which leave `errno` as it was.
+fn keeping_errno<R>(work: impl FnOnce() -> R) -> R {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: this thread's errno.
+        let errno = unsafe { &mut *libc::__errno_location() };
+        let before = *errno;
+        let answer = work();
+        *errno = before;
+        answer
     }
+    #[cfg(not(target_os = "linux"))]
+    work()
 }
 
 /// Makes pages mapped with [`Access::None`], or shut by [`protect`], usable.
@@ -158,7 +175,7 @@ pub unsafe fn decommit(base: NonNull<u8>, len: usize) -> bool {
 pub unsafe fn discard(base: NonNull<u8>, len: usize) -> bool {
     debug_assert!(is_aligned(base.as_ptr() as usize, page_size()) && is_aligned(len, page_size()));
     // SAFETY: the caller's contract.
-    unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_DONTNEED) == 0 }
+    keeping_errno(|| unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_DONTNEED) == 0 })
 }
 
 /// Asks for huge pages (or against them) behind a range, as far as the system offers them.
@@ -170,7 +187,7 @@ pub unsafe fn advise_huge(base: NonNull<u8>, len: usize, wanted: bool) -> bool {
     {
         let advice = if wanted { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
         // SAFETY: the caller's contract.
-        unsafe { libc::madvise(base.as_ptr().cast(), len, advice) == 0 }
+        keeping_errno(|| unsafe { libc::madvise(base.as_ptr().cast(), len, advice) == 0 })
     }
     #[cfg(not(target_os = "linux"))]
     {
@@ -189,7 +206,7 @@ pub unsafe fn remap(base: NonNull<u8>, old: usize, new: usize, may_move: bool) -
     {
         let flags = if may_move { libc::MREMAP_MAYMOVE } else { 0 };
         // SAFETY: the caller's contract.
-        let moved = unsafe { libc::mremap(base.as_ptr().cast(), old, new, flags) };
+        let moved = keeping_errno(|| unsafe { libc::mremap(base.as_ptr().cast(), old, new, flags) });
         if moved == libc::MAP_FAILED { None } else { NonNull::new(moved.cast()) }
     }
     #[cfg(not(target_os = "linux"))]
