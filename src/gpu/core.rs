@@ -20,6 +20,7 @@ use super::driver::Driver;
 use super::order::Order;
 use super::ranges::{CLEAN, MIXED, Ranges, SHARED, Tag};
 use super::stream::Stream;
+use crate::base::config::{AllocatorType, PoolConfig};
 use crate::base::error::{Error, PointerFault, Result};
 use crate::base::stats::{HISTOGRAM_BUCKETS, MemoryStats};
 use crate::engine::Broken;
@@ -61,9 +62,11 @@ pub(super) struct Ask {
 
 /// Requests below these sizes go to the small and to the medium zone, so that a small block never pins a
 /// large range.
-const ZONE_LIMITS: [usize; 2] = [1 << 20, 4 << 20];
+pub(super) const ZONE_LIMITS: [usize; 2] = [1 << 20, 4 << 20];
 /// The small zones take segments of these sizes from the large one, and give them back when they are idle.
 const SEGMENTS: [usize; 2] = [2 << 20, 16 << 20];
+/// Pools that may hold less than this are not divided into zones.
+const MIN_ZONED: usize = 64 << 20;
 /// The zone that takes its memory from the driver.
 const LARGE: usize = 2;
 
@@ -105,8 +108,11 @@ pub(super) struct Core {
 }
 
 impl Core {
-    pub(super) fn new(shift: u32, single_zone: bool, tracking: bool) -> Self {
-        let zones = [(); 3].map(|()| Ranges::new(shift));
+    /// Books for memory in multiples of `1 << shift` bytes.
+    pub(super) fn new(shift: u32, config: &PoolConfig) -> Self {
+        let fixed = config.allocator_type == AllocatorType::FixedSize;
+        let min_rest = if fixed { 0 } else { config.min_block_size };
+        let zones = [(); 3].map(|()| Ranges::new(shift, config.strategy.clone(), min_rest));
         Self {
             zones,
             order: Order::new(),
@@ -114,8 +120,8 @@ impl Core {
             live: 0,
             reserved: 0,
             growing: 0,
-            tracking,
-            single_zone,
+            tracking: config.track_stats,
+            single_zone: fixed || config.max_size < MIN_ZONED,
             parents: HashMap::new(),
             nested: 0,
             counters: Counters::default(),
@@ -220,7 +226,7 @@ impl Core {
         let part = Ask { bytes, align: ask.align, lane: ask.lane };
         let cut = self.cut_own(LARGE, part).or_else(|| self.cut_slow(driver, LARGE, part));
         let Some(node) = cut else { return false };
-        let start = self.zones[LARGE].start(node);
+        let (start, bytes) = (self.zones[LARGE].start(node), self.zones[LARGE].len(node));
         let tag = self.tag_on(ask.lane);
         if self.parents.try_reserve(1).is_err() || !self.zones[zone].add(start, bytes, tag) {
             self.zones[LARGE].free(node, tag);
@@ -254,15 +260,7 @@ impl Core {
     fn cut_own(&mut self, zone: usize, ask: Ask) -> Option<u32> {
         let ranges = &self.zones[zone];
         let granules = ranges.granules(ask.bytes)?;
-        let own = if ask.lane > MIXED { ranges.best(ask.lane, granules, ask.align) } else { None };
-        let node = match own {
-            Some((node, size)) if size == granules || self.order.is_capture(ask.lane) => node,
-            _ => match (own, ranges.best(CLEAN, granules, ask.align)) {
-                (Some((own, size)), Some((_, other))) if size <= other => own,
-                (_, Some((clean, _))) => clean,
-                (own, None) => own?.0,
-            },
-        };
+        let node = ranges.choose(ask.lane, self.order.is_capture(ask.lane), granules, ask.align)?;
         self.zones[zone].carve(node, granules, ask.align, ask.lane)
     }
 

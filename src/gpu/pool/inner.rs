@@ -8,7 +8,7 @@ use core::alloc::Layout;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
-use super::super::core::{Ask, Core, Placed, Ticket};
+use super::super::core::{Ask, Core, Placed, Ticket, ZONE_LIMITS};
 use super::super::device::{GpuDevice, Member};
 use super::super::driver::Space;
 use super::super::ranges::CLEAN;
@@ -25,8 +25,13 @@ pub(super) type OomCallback = dyn Fn(Layout) -> bool + Send + Sync;
 
 /// Least bytes to take from the driver at once, unless a limit says otherwise.
 const MIN_GROWTH: usize = 2 << 20;
-/// Pools that may hold less than this are not divided into zones.
-const MIN_ZONED: usize = 64 << 20;
+
+/// The class of a request in pools of size classes: powers of two for small blocks, of which most are alike;
+/// eight classes a doubling for medium and large ones, so that no more than an eighth is lost.
+fn class_size(bytes: usize) -> Option<usize> {
+    let power = bytes.checked_next_power_of_two()?;
+    if bytes < ZONE_LIMITS[0] { Some(power) } else { round_up(bytes, (power / 16).max(1)) }
+}
 
 pub(in crate::gpu) struct Inner {
     pub(in crate::gpu) device: GpuDevice,
@@ -54,15 +59,13 @@ impl Inner {
         space: Space,
     ) -> Result<Arc<Self>> {
         config.validate()?;
-        let fixed = config.allocator_type == AllocatorType::FixedSize;
         // The CPU's small values need no 512 bytes each.
         let shift = if memory_type == MemoryType::Gpu { 9 } else { 6 };
-        let core = Core::new(shift, fixed || config.max_size < MIN_ZONED, config.track_stats);
         let inner = Arc::new(Self {
             device: device.clone(),
             source: Source::new(device, space, config.max_size),
             name: name.into(),
-            core: Lock::new(core),
+            core: Lock::new(Core::new(shift, &config)),
             growth: Lock::default(),
             closed: AtomicBool::new(false),
             limit: AtomicUsize::new(config.max_size),
@@ -81,10 +84,11 @@ impl Inner {
 
     /// The size that a request takes, before rounding to granules.
     fn rounded(&self, bytes: usize) -> Option<usize> {
-        if self.config.allocator_type != AllocatorType::FixedSize {
-            return Some(bytes.max(1));
+        match self.config.allocator_type {
+            AllocatorType::FixedSize => bytes.max(1).checked_next_multiple_of(self.config.block_size),
+            AllocatorType::SizeClass => class_size(bytes),
+            _ => Some(bytes.max(1)),
         }
-        bytes.max(1).checked_next_multiple_of(self.config.block_size)
     }
 
     /// A block for work on `stream`, or for the CPU. `bytes` is not 0.
@@ -125,7 +129,7 @@ impl Inner {
     /// Says no to streams that cannot order this pool's memory.
     #[inline]
     pub(in crate::gpu) fn accept(&self, stream: &Stream) -> Result<()> {
-        self.device.must_be(stream.device(), 0)?;
+        self.device.must_be(stream.device())?;
         stream.check_thread()?;
         if stream.is_foreign() && stream.session().is_none() {
             // Somebody else's capture has no end that we would hear of.

@@ -3,7 +3,8 @@
 
 #![forbid(unsafe_code)]
 
-use super::{NIL, PUBLISHED, Ranges};
+use super::node::NIL;
+use super::{PUBLISHED, Ranges};
 
 impl Ranges {
     fn chain(&self, start: usize) -> usize {
@@ -13,12 +14,12 @@ impl Ranges {
 
     /// Makes a live block findable by its address; false where the host has no memory for that.
     pub(in crate::gpu) fn publish(&mut self, index: u32) -> bool {
-        if self.published >= self.chains.len() * 2 && !self.grow_chains() {
+        if self.published >= self.chains.len() * 3 && !self.grow_chains() {
             return false;
         }
         self.set_flags(index, self.tag(index).batch | PUBLISHED);
         let chain = self.chain(self.start(index));
-        self.nodes[index as usize].link_next = std::mem::replace(&mut self.chains[chain], index);
+        self.nodes[index as usize].set_link_next(std::mem::replace(&mut self.chains[chain], index));
         self.published += 1;
         true
     }
@@ -33,9 +34,9 @@ impl Ranges {
         let old = std::mem::replace(&mut self.chains, chains);
         for mut at in old {
             while at != NIL {
-                let next = self.nodes[at as usize].link_next;
+                let next = self.nodes[at as usize].link_next();
                 let chain = self.chain(self.start(at));
-                self.nodes[at as usize].link_next = std::mem::replace(&mut self.chains[chain], at);
+                self.nodes[at as usize].set_link_next(std::mem::replace(&mut self.chains[chain], at));
                 at = next;
             }
         }
@@ -44,7 +45,7 @@ impl Ranges {
 
     pub(super) fn unpublish(&mut self, index: u32) {
         let chain = self.chain(self.start(index));
-        let next = self.nodes[index as usize].link_next;
+        let next = self.nodes[index as usize].link_next();
         self.published -= 1;
         if self.chains[chain] == index {
             self.chains[chain] = next;
@@ -52,9 +53,9 @@ impl Ranges {
         }
         let mut at = self.chains[chain];
         while at != NIL {
-            let follow = self.nodes[at as usize].link_next;
+            let follow = self.nodes[at as usize].link_next();
             if follow == index {
-                self.nodes[at as usize].link_next = next;
+                self.nodes[at as usize].set_link_next(next);
                 return;
             }
             at = follow;
@@ -71,7 +72,7 @@ impl Ranges {
             if self.start(at) == start {
                 return Some(at);
             }
-            at = self.nodes[at as usize].link_next;
+            at = self.nodes[at as usize].link_next();
         }
         None
     }

@@ -20,12 +20,19 @@
 
 #![forbid(unsafe_code)]
 
+mod fit;
 mod lookup;
+mod node;
+#[cfg(test)]
+mod tests;
 mod walk;
 
 use std::collections::BTreeMap;
 
+use node::{FREE, LIVE, NIL, Node};
+
 use crate::base::bits::round_up;
+use crate::base::policy::Strategy;
 
 /// Free for anybody: all work on it is known to be complete.
 pub(super) const CLEAN: u16 = 0;
@@ -37,7 +44,6 @@ pub(super) const MAX_LANES: usize = if cfg!(test) { 12 } else { 1 << LANE_BITS }
 const LANE_BITS: u32 = 12;
 /// Batches count in the rest of the tag; few under test, so that their numbers run out.
 pub(super) const MAX_BATCH: u32 = if cfg!(test) { 40 } else { (1 << (32 - LANE_BITS)) - 1 };
-const NIL: u32 = u32::MAX;
 
 /// Whom a free range waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,45 +60,6 @@ impl Tag {
 pub(super) const PUBLISHED: u32 = 1;
 /// Other lanes than its own used the block.
 pub(super) const SHARED: u32 = 2;
-
-const VACANT: u32 = 0;
-const LIVE: u32 = 1;
-const FREE: u32 = 2;
-
-/// 32 bytes, the price of a block.
-#[derive(Clone, Copy, Debug)]
-struct Node {
-    start: usize,
-    /// Granules, and in the low two bits the state.
-    size_state: u32,
-    /// Neighbours by address.
-    prev: u32,
-    next: u32,
-    /// Free: neighbours in the bin. Live and published: `link_next` is the look-up chain. Vacant: the list
-    /// of vacant nodes.
-    link_prev: u32,
-    link_next: u32,
-    /// Lane in the low bits, batch or flags above.
-    tag: u32,
-}
-
-impl Node {
-    fn state(&self) -> u32 {
-        self.size_state & 3
-    }
-    fn granules(&self) -> u32 {
-        self.size_state >> 2
-    }
-    fn set(&mut self, granules: u32, state: u32) {
-        self.size_state = granules << 2 | state;
-    }
-    fn tag(&self) -> Tag {
-        Tag { lane: (self.tag & ((1 << LANE_BITS) - 1)) as u16, batch: self.tag >> LANE_BITS }
-    }
-    fn set_tag(&mut self, tag: Tag) {
-        self.tag = tag.batch << LANE_BITS | u32::from(tag.lane);
-    }
-}
 
 /// Subdivisions of each power of two.
 const SUB_LOG2: u32 = 4;
@@ -151,13 +118,13 @@ pub(super) struct Range {
     pub(super) tag: Tag,
 }
 
-/// How many ranges of a bin are looked at for the best one.
-const LOOK: usize = 24;
-
 /// The ranges of one zone of a pool.
 #[derive(Debug)]
 pub(super) struct Ranges {
     shift: u32,
+    strategy: Strategy,
+    /// Granules that a split leaves at least; a shorter rest goes with the block.
+    min_rest: u32,
     nodes: Vec<Node>,
     vacant: u32,
     bins: Vec<Bins>,
@@ -170,10 +137,13 @@ pub(super) struct Ranges {
 }
 
 impl Ranges {
-    /// Ranges in multiples of `1 << shift` bytes.
-    pub(super) fn new(shift: u32) -> Self {
+    /// Ranges in multiples of `1 << shift` bytes; splits leave `min_rest` bytes at least.
+    pub(super) fn new(shift: u32, strategy: Strategy, min_rest: usize) -> Self {
+        let min_rest = u32::try_from(min_rest.div_ceil(1 << shift)).unwrap_or(u32::MAX);
         Self {
             shift,
+            strategy,
+            min_rest,
             nodes: Vec::new(),
             vacant: NIL,
             bins: Vec::new(),
@@ -197,7 +167,12 @@ impl Ranges {
     }
 
     pub(super) fn start(&self, node: u32) -> usize {
-        self.nodes[node as usize].start
+        self.place(&self.nodes[node as usize])
+    }
+
+    #[inline]
+    fn place(&self, node: &Node) -> usize {
+        node.at() << self.shift
     }
 
     pub(super) fn len(&self, node: u32) -> usize {
@@ -222,14 +197,15 @@ impl Ranges {
     fn new_node(&mut self, node: Node) -> Option<u32> {
         let index = self.vacant;
         if index != NIL {
-            self.vacant = self.nodes[index as usize].link_next;
+            self.vacant = self.nodes[index as usize].link_next();
             self.nodes[index as usize] = node;
             return Some(index);
         }
         if self.nodes.len() == self.nodes.capacity() {
-            self.nodes.try_reserve_exact((self.nodes.len() / 8).max(64)).ok()?;
+            // A thirty-second of slack keeps a block below 30 bytes.
+            self.nodes.try_reserve_exact((self.nodes.len() / 32).max(64)).ok()?;
         }
-        let index = u32::try_from(self.nodes.len()).ok().filter(|&index| index < 1 << 30)?;
+        let index = u32::try_from(self.nodes.len()).ok().filter(|&index| index < NIL)?;
         self.nodes.push(node);
         Some(index)
     }
@@ -237,8 +213,8 @@ impl Ranges {
     fn drop_node(&mut self, index: u32) {
         let vacant = self.vacant;
         let node = &mut self.nodes[index as usize];
-        node.set(0, VACANT);
-        node.link_next = vacant;
+        node.set(0, node::VACANT);
+        node.set_link_next(vacant);
         self.vacant = index;
     }
 
@@ -256,25 +232,26 @@ impl Ranges {
         let head = std::mem::replace(&mut bins.heads[class], index);
         bins.filled[class / 64] |= 1 << (class % 64);
         if head != NIL {
-            self.nodes[head as usize].link_prev = index;
+            self.nodes[head as usize].set_link_prev(index);
         }
         let node = &mut self.nodes[index as usize];
-        (node.link_prev, node.link_next) = (NIL, head);
+        node.set_link_prev(NIL);
+        node.set_link_next(head);
         self.free_bytes += (node.granules() as usize) << self.shift;
     }
 
     fn unlink(&mut self, index: u32) {
         let node = self.nodes[index as usize];
-        if node.link_next != NIL {
-            self.nodes[node.link_next as usize].link_prev = node.link_prev;
+        if node.link_next() != NIL {
+            self.nodes[node.link_next() as usize].set_link_prev(node.link_prev());
         }
-        if node.link_prev != NIL {
-            self.nodes[node.link_prev as usize].link_next = node.link_next;
+        if node.link_prev() != NIL {
+            self.nodes[node.link_prev() as usize].set_link_next(node.link_next());
         } else {
             let class = class_of(node.granules());
             let bins = &mut self.bins[node.tag().lane as usize];
-            bins.heads[class] = node.link_next;
-            if node.link_next == NIL {
+            bins.heads[class] = node.link_next();
+            if node.link_next() == NIL {
                 bins.filled[class / 64] &= !(1 << (class % 64));
             }
         }
@@ -285,10 +262,7 @@ impl Ranges {
     pub(super) fn add(&mut self, start: usize, len: usize, tag: Tag) -> bool {
         self.add_lane(tag.lane.max(MIXED));
         let granules = (len >> self.shift) as u32;
-        let mut node =
-            Node { start, size_state: 0, prev: NIL, next: NIL, link_prev: NIL, link_next: NIL, tag: 0 };
-        node.set(granules, FREE);
-        node.set_tag(tag);
+        let node = Node::new(start >> self.shift, granules, FREE, tag);
         let Some(first) = self.new_node(node) else { return false };
         self.link(first);
         self.clock += 1;
@@ -297,52 +271,17 @@ impl Ranges {
     }
 
     fn fits(&self, node: &Node, granules: u32, align: usize) -> bool {
-        let skip = (node.start.wrapping_neg() & (align - 1)) >> self.shift;
+        let skip = (self.place(node).wrapping_neg() & (align - 1)) >> self.shift;
         node.granules() as usize >= skip + granules as usize
-    }
-
-    /// The best fit in one list, looking at a bounded number: the smallest, the lowest among equals.
-    fn best_in_class(&self, lane: u16, class: usize, granules: u32, align: usize) -> Option<u32> {
-        let mut best: Option<(u32, usize, u32)> = None;
-        let mut at = self.bins[lane as usize].heads[class];
-        for _ in 0..LOOK {
-            if at == NIL {
-                break;
-            }
-            let node = &self.nodes[at as usize];
-            if self.fits(node, granules, align) {
-                let key = (node.granules(), node.start);
-                if best.is_none_or(|(size, start, _)| key < (size, start)) {
-                    best = Some((key.0, key.1, at));
-                    if key.0 == granules {
-                        break;
-                    }
-                }
-            }
-            at = node.link_next;
-        }
-        best.map(|(_, _, at)| at)
-    }
-
-    /// The free range of `lane` that fits best, and its size in granules.
-    pub(super) fn best(&self, lane: u16, granules: u32, align: usize) -> Option<(u32, u32)> {
-        let bins = self.bins.get(lane as usize)?;
-        let mut class = class_of(granules);
-        while let Some(filled) = bins.next_filled(class) {
-            if let Some(at) = self.best_in_class(lane, filled, granules, align) {
-                return Some((at, self.nodes[at as usize].granules()));
-            }
-            class = filled + 1;
-        }
-        None
     }
 
     /// Cuts a live block out of a free node; what is left stays free with the node's tag. `None` where there
     /// is no room to note the rest.
     pub(super) fn carve(&mut self, index: u32, granules: u32, align: usize, lane: u16) -> Option<u32> {
         let node = self.nodes[index as usize];
-        let skip = ((node.start.wrapping_neg() & (align - 1)) >> self.shift) as u32;
+        let skip = ((self.place(&node).wrapping_neg() & (align - 1)) >> self.shift) as u32;
         let rest = node.granules() - skip - granules;
+        let (granules, rest) = if rest < self.min_rest { (granules + rest, 0) } else { (granules, rest) };
         let mut block = index;
         if skip != 0 || rest != 0 {
             // Both nodes first, so that a failure changes nothing.
@@ -363,25 +302,25 @@ impl Ranges {
                 // The old node stays in front, so that the segment's first node keeps its number.
                 self.nodes[index as usize].set(skip, FREE);
                 let fresh = &mut self.nodes[new as usize];
-                fresh.start += (skip as usize) << self.shift;
-                fresh.prev = index;
-                self.nodes[index as usize].next = new;
+                fresh.set_at(node.at() + skip as usize);
+                fresh.set_prev(index);
+                self.nodes[index as usize].set_next(new);
                 self.link(index);
                 block = new;
             }
             if let Some(new) = tail {
-                let start = self.nodes[block as usize].start + self.bytes(granules);
+                let at = self.nodes[block as usize].at() + granules as usize;
                 let after = &mut self.nodes[new as usize];
-                after.start = start;
-                after.prev = block;
+                after.set_at(at);
+                after.set_prev(block);
                 after.set(rest, FREE);
-                self.nodes[block as usize].next = new;
-                if node.next != NIL {
-                    self.nodes[node.next as usize].prev = new;
+                self.nodes[block as usize].set_next(new);
+                if node.next() != NIL {
+                    self.nodes[node.next() as usize].set_prev(new);
                 }
                 self.link(new);
-            } else if node.next != NIL {
-                self.nodes[node.next as usize].prev = block;
+            } else if node.next() != NIL {
+                self.nodes[node.next() as usize].set_prev(block);
             }
         } else {
             self.unlink(index);
@@ -410,10 +349,15 @@ impl Ranges {
         self.nodes[index as usize].set_tag(tag);
         let merged = self.merge(index, &|_| false);
         self.link(merged);
-        let node = self.nodes[merged as usize];
-        if node.prev == NIL && node.next == NIL {
+        self.note_idle(merged);
+    }
+
+    /// A free range grew: if it is a whole segment now, that one is idle from this moment on.
+    fn note_idle(&mut self, index: u32) {
+        let node = self.nodes[index as usize];
+        if node.prev() == NIL && node.next() == NIL {
             self.clock += 1;
-            if let Some(segment) = self.segments.get_mut(&node.start) {
+            if let Some(segment) = self.segments.get_mut(&(node.at() << self.shift)) {
                 segment.last_used = self.clock;
             }
         }
@@ -431,12 +375,12 @@ impl Ranges {
                     other.state() == FREE && (mine.lane == theirs.lane && mine.lane != MIXED || also(theirs))
                 }
             };
-            let (front, back) = if joins(node.prev) {
-                self.unlink(node.prev);
-                (node.prev, index)
-            } else if joins(node.next) {
-                self.unlink(node.next);
-                (index, node.next)
+            let (front, back) = if joins(node.prev()) {
+                self.unlink(node.prev());
+                (node.prev(), index)
+            } else if joins(node.next()) {
+                self.unlink(node.next());
+                (index, node.next())
             } else {
                 return index;
             };
@@ -447,10 +391,10 @@ impl Ranges {
             let kept = &mut self.nodes[front as usize];
             let granules = kept.granules() + gone.granules();
             kept.set(granules, FREE);
-            kept.next = gone.next;
+            kept.set_next(gone.next());
             kept.set_tag(Tag { lane: mine.lane, batch });
-            if gone.next != NIL {
-                self.nodes[gone.next as usize].prev = front;
+            if gone.next() != NIL {
+                self.nodes[gone.next() as usize].set_prev(front);
             }
             self.drop_node(back);
             index = front;
@@ -461,16 +405,20 @@ impl Ranges {
     pub(super) fn retag(&mut self, lane: u16, from: &dyn Fn(Tag) -> bool, to: Tag) -> usize {
         let found = self.in_lane(lane);
         let mut moved = 0;
-        for (index, start) in found {
+        for (index, place) in found {
             // An earlier step may have merged it away.
             let node = &self.nodes[index as usize];
-            if node.state() != FREE || node.start != start || node.tag().lane != lane || !from(node.tag()) {
+            if node.state() != FREE || node.at() != place || node.tag().lane != lane || !from(node.tag()) {
                 continue;
             }
+            let before = node.granules();
             self.unlink(index);
             self.nodes[index as usize].set_tag(to);
             let merged = self.merge(index, &|_| false);
             self.link(merged);
+            if self.nodes[merged as usize].granules() != before {
+                self.note_idle(merged);
+            }
             moved += 1;
         }
         moved
@@ -483,8 +431,8 @@ impl Ranges {
         while let Some(filled) = bins.next_filled(class) {
             let mut at = bins.heads[filled];
             while at != NIL {
-                found.push((at, self.nodes[at as usize].start));
-                at = self.nodes[at as usize].link_next;
+                found.push((at, self.nodes[at as usize].at()));
+                at = self.nodes[at as usize].link_next();
             }
             class = filled + 1;
         }
@@ -500,9 +448,9 @@ impl Ranges {
     /// now; returns whether any joined.
     pub(super) fn join_neighbours(&mut self, tag: Tag, usable: &dyn Fn(Tag) -> bool) -> bool {
         let mut joined = false;
-        for (index, start) in self.in_lane(tag.lane) {
+        for (index, place) in self.in_lane(tag.lane) {
             let node = self.nodes[index as usize];
-            if node.state() != FREE || node.start != start || node.tag().lane != tag.lane {
+            if node.state() != FREE || node.at() != place || node.tag().lane != tag.lane {
                 continue;
             }
             self.unlink(index);
@@ -545,7 +493,7 @@ impl Ranges {
                     first = NIL;
                 }
                 match node {
-                    Some(node) => at = node.next,
+                    Some(node) => at = node.next(),
                     None => break,
                 }
             }
@@ -555,7 +503,7 @@ impl Ranges {
         let mut at = first;
         while at != NIL && usable(&self.nodes[at as usize]) {
             tags.push(self.tag(at));
-            at = self.nodes[at as usize].next;
+            at = self.nodes[at as usize].next();
         }
         Some((first, tags))
     }
@@ -587,11 +535,11 @@ impl Ranges {
     ) -> Option<(usize, usize, Tag)> {
         let idle = |segment: &&Segment| {
             let node = &self.nodes[segment.first as usize];
-            let whole = node.state() == FREE && node.next == NIL;
+            let whole = node.state() == FREE && node.next() == NIL;
             whole && segment.len <= at_most && usable(node.tag())
         };
         let segment = *self.segments.values().filter(idle).min_by_key(|segment| segment.last_used)?;
-        let Node { start, .. } = self.nodes[segment.first as usize];
+        let start = self.start(segment.first);
         let tag = self.tag(segment.first);
         self.unlink(segment.first);
         self.drop_node(segment.first);
@@ -606,7 +554,8 @@ impl Ranges {
 
     /// Forgets everything.
     pub(super) fn clear(&mut self) {
-        *self = Self::new(self.shift);
+        let bytes = self.bytes(self.min_rest);
+        *self = Self::new(self.shift, self.strategy.clone(), bytes);
     }
 
     /// Makes everything free and clean.
@@ -631,28 +580,27 @@ impl Ranges {
         if node.granules() >= granules {
             return true;
         }
-        if node.next == NIL {
+        if node.next() == NIL {
             return false;
         }
-        let next = self.nodes[node.next as usize];
+        let next = self.nodes[node.next() as usize];
         let more = granules - node.granules();
         if next.state() != FREE || next.granules() < more || !usable(next.tag()) {
             return false;
         }
-        self.unlink(node.next);
+        self.unlink(node.next());
         self.nodes[index as usize].set(granules, LIVE);
         if next.granules() == more {
-            self.nodes[index as usize].next = next.next;
-            if next.next != NIL {
-                self.nodes[next.next as usize].prev = index;
+            self.nodes[index as usize].set_next(next.next());
+            if next.next() != NIL {
+                self.nodes[next.next() as usize].set_prev(index);
             }
-            self.drop_node(node.next);
+            self.drop_node(node.next());
         } else {
-            let add = self.bytes(more);
-            let rest = &mut self.nodes[node.next as usize];
-            rest.start += add;
+            let rest = &mut self.nodes[node.next() as usize];
+            rest.set_at(rest.at() + more as usize);
             rest.set(next.granules() - more, FREE);
-            self.link(node.next);
+            self.link(node.next());
         }
         true
     }

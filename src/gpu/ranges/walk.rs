@@ -2,7 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-use super::{FREE, LIVE, MIXED, NIL, PUBLISHED, Range, Ranges};
+use super::node::{FREE, LIVE, NIL};
+use super::{MIXED, PUBLISHED, Range, Ranges};
 use crate::engine::Broken;
 
 impl Ranges {
@@ -12,10 +13,10 @@ impl Ranges {
         let mut at = segment.first;
         while at != NIL {
             let node = &self.nodes[at as usize];
-            if address < node.start + self.bytes(node.granules()) {
+            if address < self.place(node) + self.bytes(node.granules()) {
                 return (node.state() == LIVE).then_some(at);
             }
-            at = node.next;
+            at = node.next();
         }
         None
     }
@@ -27,8 +28,8 @@ impl Ranges {
                 let node = &self.nodes[at as usize];
                 let len = self.bytes(node.granules());
                 let live = node.state() == LIVE;
-                visit(Range { node: at, start: node.start, len, live, tag: node.tag() });
-                at = node.next;
+                visit(Range { node: at, start: self.place(node), len, live, tag: node.tag() });
+                at = node.next();
             }
         }
     }
@@ -52,16 +53,16 @@ impl Ranges {
             let (mut at, mut before, mut expected) = (segment.first, NIL, start);
             while at != NIL {
                 let node = &self.nodes[at as usize];
-                if node.start != expected || node.prev != before || node.granules() == 0 {
-                    return broken("1: neighbours touch", node.start);
+                if self.place(node) != expected || node.prev() != before || node.granules() == 0 {
+                    return broken("1: neighbours touch", self.place(node));
                 }
                 let last = (before != NIL).then(|| self.nodes[before as usize]);
                 match node.state() {
                     LIVE => {
                         live += 1;
                         published += usize::from(node.tag().batch & PUBLISHED != 0);
-                        if node.tag().batch & PUBLISHED != 0 && self.find(node.start) != Some(at) {
-                            return broken("4: published blocks are found", node.start);
+                        if node.tag().batch & PUBLISHED != 0 && self.find(self.place(node)) != Some(at) {
+                            return broken("4: published blocks are found", self.place(node));
                         }
                     }
                     FREE => {
@@ -71,24 +72,24 @@ impl Ranges {
                         if last.is_some_and(|last| last.state() == FREE && last.tag().lane == lane)
                             && lane != MIXED
                         {
-                            return broken("3: free neighbours of a lane merge", node.start);
+                            return broken("3: free neighbours of a lane merge", self.place(node));
                         }
                     }
-                    _ => return broken("1: a vacant node lies in no segment", node.start),
+                    _ => return broken("1: a vacant node lies in no segment", self.place(node)),
                 }
                 expected += self.bytes(node.granules());
                 before = at;
-                at = node.next;
+                at = node.next();
             }
             if expected != start + segment.len {
                 return broken("1: nodes cover the segment", start);
             }
         }
         for lane in 0..self.bins.len() {
-            for (index, start) in self.in_lane(lane as u16) {
+            for (index, place) in self.in_lane(lane as u16) {
                 let node = &self.nodes[index as usize];
                 if node.state() != FREE || node.tag().lane as usize != lane {
-                    return broken("2: bins hold free ranges of their lane", start);
+                    return broken("2: bins hold free ranges of their lane", place << self.shift);
                 }
                 free_nodes -= 1;
             }

@@ -1,0 +1,155 @@
+//! Which free range a request is cut from: the pool's [`Strategy`].
+//!
+//! | strategy | takes |
+//! |---|---|
+//! | `Segregated` | the tightest of the first few in the nearest bin that has one |
+//! | `BestFit` | the tightest of all, the lowest address among equals |
+//! | `FirstFit` | the lowest address |
+//! | `Custom` | what the policy says, and the tightest where its answer is none of the ranges shown |
+//!
+//! Whatever the strategy, ranges that need no waiting are looked at before others.
+
+#![forbid(unsafe_code)]
+
+use super::node::NIL;
+use super::{CLEAN, MIXED, Ranges, class_of};
+use crate::base::policy::{FreeRange, Policy, Request, Strategy};
+
+/// How many ranges of a bin `Segregated` looks at.
+const LOOK: usize = 24;
+
+/// What is looked for.
+#[derive(Clone, Copy, Debug)]
+struct Need {
+    granules: u32,
+    align: usize,
+}
+
+impl Ranges {
+    /// The free range to cut a request of `lane` from, among what it freed and what is free for anybody. With
+    /// `own_first` what it freed is taken wherever it fits at all.
+    #[inline]
+    pub(in crate::gpu) fn choose(
+        &self,
+        lane: u16,
+        own_first: bool,
+        granules: u32,
+        align: usize,
+    ) -> Option<u32> {
+        if !matches!(self.strategy, Strategy::Segregated | Strategy::BestFit) {
+            return self.choose_slow(lane, own_first, Need { granules, align });
+        }
+        let own = if lane > MIXED { self.best(lane, granules, align) } else { None };
+        match own {
+            Some((node, size)) if size == granules || own_first => Some(node),
+            _ => match (own, self.best(CLEAN, granules, align)) {
+                (Some((own, size)), Some((_, other))) if size <= other => Some(own),
+                (_, Some((clean, _))) => Some(clean),
+                (own, None) => own.map(|(node, _)| node),
+            },
+        }
+    }
+
+    /// [`choose`](Self::choose) for strategies that look at all ranges at once.
+    #[cold]
+    fn choose_slow(&self, lane: u16, own_first: bool, need: Need) -> Option<u32> {
+        let pick = |lanes: &[u16]| match &self.strategy {
+            Strategy::Custom(policy) => self.by_policy(&**policy, lanes, need),
+            _ => self.lowest(lanes, need),
+        };
+        match (lane > MIXED, own_first) {
+            (false, _) => pick(&[CLEAN]),
+            (true, false) => pick(&[lane, CLEAN]),
+            (true, true) => pick(&[lane]).or_else(|| pick(&[CLEAN])),
+        }
+    }
+
+    /// The free range of `lane` that the strategy prefers, and its size in granules.
+    pub(in crate::gpu) fn best(&self, lane: u16, granules: u32, align: usize) -> Option<(u32, u32)> {
+        let need = Need { granules, align };
+        let node = match &self.strategy {
+            Strategy::BestFit => self.tightest(lane, need, usize::MAX),
+            Strategy::FirstFit => self.lowest(&[lane], need),
+            Strategy::Custom(policy) => self.by_policy(&**policy, &[lane], need),
+            _ => self.tightest(lane, need, LOOK),
+        }?;
+        Some((node, self.nodes[node as usize].granules()))
+    }
+
+    /// The smallest that fits, the lowest among equals, looking at no more than `look` ranges of a bin.
+    fn tightest(&self, lane: u16, need: Need, look: usize) -> Option<u32> {
+        let bins = self.bins.get(lane as usize)?;
+        let mut class = class_of(need.granules);
+        while let Some(filled) = bins.next_filled(class) {
+            let mut best: Option<((u32, usize), u32)> = None;
+            let mut at = bins.heads[filled];
+            for _ in 0..look {
+                if at == NIL {
+                    break;
+                }
+                let node = &self.nodes[at as usize];
+                if self.fits(node, need.granules, need.align) {
+                    let key = (node.granules(), node.at());
+                    if best.is_none_or(|(found, _)| key < found) {
+                        best = Some((key, at));
+                    }
+                    if key.0 == need.granules && look == LOOK {
+                        break;
+                    }
+                }
+                at = node.link_next();
+            }
+            if let Some((_, at)) = best {
+                return Some(at);
+            }
+            class = filled + 1;
+        }
+        None
+    }
+
+    /// Calls `visit` with every range of `lane` that is large enough.
+    fn for_each_large_enough(&self, lane: u16, need: Need, visit: &mut dyn FnMut(u32)) {
+        let Some(bins) = self.bins.get(lane as usize) else { return };
+        let mut class = class_of(need.granules);
+        while let Some(filled) = bins.next_filled(class) {
+            let mut at = bins.heads[filled];
+            while at != NIL {
+                let node = &self.nodes[at as usize];
+                if self.fits(node, need.granules, need.align) {
+                    visit(at);
+                }
+                at = node.link_next();
+            }
+            class = filled + 1;
+        }
+    }
+
+    /// The lowest address that fits, in any of `lanes`.
+    fn lowest(&self, lanes: &[u16], need: Need) -> Option<u32> {
+        let mut found: Option<(usize, u32)> = None;
+        for &lane in lanes {
+            self.for_each_large_enough(lane, need, &mut |at| {
+                let place = self.nodes[at as usize].at();
+                if found.is_none_or(|(lowest, _)| place < lowest) {
+                    found = Some((place, at));
+                }
+            });
+        }
+        found.map(|(_, at)| at)
+    }
+
+    /// What a user's policy says, held against what it was shown.
+    fn by_policy(&self, policy: &dyn Policy, lanes: &[u16], need: Need) -> Option<u32> {
+        let mut shown = Vec::new();
+        for &lane in lanes {
+            self.for_each_large_enough(lane, need, &mut |at| {
+                shown.push((FreeRange { start: self.start(at), len: self.len(at) }, at));
+            });
+        }
+        let request = Request { size: self.bytes(need.granules), align: need.align };
+        let answer = policy.choose(request, &mut shown.iter().map(|&(range, _)| range));
+        let known = shown.iter().find(|&&(range, _)| Some(range) == answer).map(|&(_, at)| at);
+        let tightest = || shown.iter().min_by_key(|(range, _)| (range.len, range.start)).map(|&(_, at)| at);
+        known.or_else(tightest)
+    }
+}
