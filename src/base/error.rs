@@ -9,6 +9,7 @@
 //! | 401 | [`Error::NoDriver`] | Device | no CUDA driver on this machine |
 //! | 402 | [`Error::NoDevice`] | Device | no device of that number |
 //! | 403 | [`Error::Cuda`] | Device | a driver call failed |
+//! | 404 | [`Error::OldDriver`] | Device | the CUDA driver is too old, or not whole |
 //! | 501 | [`Error::Io`] | System | the operating system refused |
 //! | 601 | [`Error::Corrupt`] | Corruption | stored data contradicts itself |
 
@@ -57,6 +58,15 @@ pub enum Error {
     },
     /// No CUDA driver library on this machine.
     NoDriver,
+    /// There is a CUDA driver, but it cannot serve.
+    OldDriver {
+        /// Its version as the driver counts: 11030 is CUDA 11.3.
+        found: i32,
+        /// The oldest version that serves.
+        needed: i32,
+        /// A function that it lacks, if it is new enough otherwise.
+        missing: Option<&'static str>,
+    },
     /// No such device.
     #[non_exhaustive]
     NoDevice {
@@ -116,6 +126,22 @@ pub enum Refusal {
     StillLive(usize),
     /// The pool was made with `thread_safe(false)` and belongs to another thread.
     WrongThread,
+    /// Stream and memory are of different devices.
+    WrongDevice {
+        /// The number of the stream's device.
+        found: usize,
+        /// The number of the memory's device.
+        needed: usize,
+    },
+    /// Source and destination of a copy differ in length; both in elements.
+    Lengths {
+        /// Elements of the source.
+        source: usize,
+        /// Elements of the destination.
+        target: usize,
+    },
+    /// The call waits or asks, which would invalidate the graph capture in progress on the stream.
+    Capturing,
     /// A pool of that name exists.
     NameTaken(ShortText),
     /// No pool of that name exists.
@@ -229,6 +255,7 @@ impl Error {
             Self::NoDriver => 401,
             Self::NoDevice { .. } => 402,
             Self::Cuda { .. } => 403,
+            Self::OldDriver { .. } => 404,
             Self::Io(_) => 501,
             Self::Corrupt { .. } => 601,
         }
@@ -296,7 +323,14 @@ impl fmt::Display for Error {
                 write!(f, "impossible configuration: {} = {}; allowed: {}", bad.field, bad.value, bad.allowed)
             }
             Self::Cuda { code, call } => {
-                write!(f, "{call} failed with CUDA error {code}; see CUresult in the CUDA driver API")
+                write!(f, "{call} failed with CUDA error {code}{}", cuda_advice(*code))
+            }
+            Self::OldDriver { found, needed, missing } => {
+                write!(f, "the CUDA driver serves CUDA {}", CudaVersion(*found))?;
+                if let Some(missing) = missing {
+                    write!(f, " but lacks {missing}")?;
+                }
+                write!(f, ", CUDA {} is needed; install a newer driver", CudaVersion(*needed))
             }
             Self::NoDriver => f.write_str(
                 "no CUDA driver on this machine; install one, or use GpuDevice::simulated for tests",
@@ -323,6 +357,34 @@ impl fmt::Display for Error {
 }
 
 impl core::error::Error for Error {}
+
+/// A version as the CUDA driver counts.
+struct CudaVersion(i32);
+
+impl fmt::Display for CudaVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.0 / 1000, self.0 % 1000 / 10)
+    }
+}
+
+/// What the driver's commoner errors mean, and what to do.
+fn cuda_advice(code: i32) -> &'static str {
+    match code {
+        1 => " (invalid value); check addresses and lengths",
+        2 => " (out of memory); free something on the device",
+        101 => " (invalid device); check the number of the device",
+        201 => " (invalid context); the device's context was destroyed, or belongs to another device",
+        217 => " (no peer access); these two devices cannot reach each other, copy through the host",
+        400 => " (invalid handle); the stream, event or graph was destroyed, or belongs to another device",
+        700 => " (illegal address); a kernel went wrong before, and the context is lost: start anew",
+        719 => " (launch failure); a kernel went wrong before, and the context is lost: start anew",
+        802 | 803 => " (driver mismatch); library and kernel driver differ: restart the machine",
+        900..=907 => {
+            " (graph capture); this is not allowed while a stream is captured: do it before or after"
+        }
+        _ => "; see CUresult in the CUDA driver API",
+    }
+}
 
 impl fmt::Display for OomReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -353,6 +415,22 @@ impl fmt::Display for Refusal {
             Self::StillLive(count) => write!(f, "{count} blocks are still live; free them first"),
             Self::WrongThread => f.write_str(
                 "this pool was made with thread_safe(false) by another thread; make it with thread_safe(true)",
+            ),
+            Self::WrongDevice { found, needed } if found == needed => write!(
+                f,
+                "stream and memory come from two openings of device {found}; open it once and clone the handle"
+            ),
+            Self::WrongDevice { found, needed } => write!(
+                f,
+                "the stream is of device {found} and the memory of device {needed}; use a stream of that device"
+            ),
+            Self::Lengths { source, target } => write!(
+                f,
+                "the source has {source} elements and the destination {target}; slice the longer to the shorter"
+            ),
+            Self::Capturing => f.write_str(
+                "the stream is being captured into a graph, which waiting or asking would invalidate; do it \
+                 before or after the capture",
             ),
             Self::NameTaken(name) => {
                 write!(f, "a pool named \"{name}\" exists; choose another name or destroy it first")
@@ -425,6 +503,12 @@ mod tests {
             Error::pointer(16, PointerFault::WrongType),
             Error::config("block_size", 0, "1 or more"),
             Error::Cuda { code: 2, call: "cuMemCreate" },
+            Error::Cuda { code: 400, call: "cuEventRecord" },
+            Error::Cuda { code: 999, call: "cuMemCreate" },
+            Error::OldDriver { found: 11030, needed: 11040, missing: None },
+            Error::InvalidOperation(Refusal::WrongDevice { found: 1, needed: 0 }),
+            Error::InvalidOperation(Refusal::Lengths { source: 1, target: 2 }),
+            Error::InvalidOperation(Refusal::Capturing),
             Error::NoDriver,
             Error::NoDevice { ordinal: 3, available: 1 },
             Error::corrupt(64, "a checksum", 0),

@@ -22,7 +22,7 @@ use super::host::{HostBuffer, Transfer};
 use super::kind::HostAccessible;
 use super::pool::{DevicePool, bytes_of, empty};
 use super::stream::{Stream, StreamScope};
-use crate::base::error::{Error, PointerFault, Result};
+use crate::base::error::{Error, PointerFault, Refusal, Result};
 use crate::base::pool::{AllocFlags, MemoryPool};
 use crate::base::transfer::{CopySource, CopyTarget};
 
@@ -384,11 +384,11 @@ fn part<T>(start: usize, len: usize, range: impl RangeBounds<usize>) -> Result<(
     Ok((start + from * size_of::<T>(), to - from))
 }
 
-fn same_length(a: usize, b: usize) -> Result<()> {
-    if a == b {
+fn same_length(source: usize, target: usize) -> Result<()> {
+    if source == target {
         return Ok(());
     }
-    Err(Error::refused("source and destination differ in length", "slice the longer one to the shorter"))
+    Err(Error::InvalidOperation(Refusal::Lengths { source, target }))
 }
 
 impl<'a, T> DeviceSlice<'a, T> {
@@ -523,7 +523,7 @@ impl<T> DeviceSliceMut<'_, T> {
     where
         T: NoUninit,
     {
-        same_length(self.len, source.len())?;
+        same_length(source.len(), self.len)?;
         let (src, bytes) = (source.as_ptr() as usize, size_of_val(source));
         if bytes == 0 {
             return Ok(());
@@ -539,7 +539,7 @@ impl<T> DeviceSliceMut<'_, T> {
         T: Copy,
     {
         let source = source.as_device_slice();
-        same_length(self.len, source.len)?;
+        same_length(source.len, self.len)?;
         let bytes = self.len * size_of::<T>();
         if bytes == 0 {
             return Ok(());

@@ -204,7 +204,7 @@ impl Graph {
         stream.check_thread()?;
         stream.refuse_capture()?;
         let device = &self.session.device;
-        device.must_be(stream.device(), 0)?;
+        device.must_be(stream.device())?;
         device.0.driver.graph_launch(self.raw, stream.raw())?;
         let event = stream.record_event().or_else(|error| {
             // Without the event nobody could tell when the launch is over.

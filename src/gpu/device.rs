@@ -10,7 +10,7 @@ use std::sync::{Arc, Weak};
 use super::driver::sim::{SimConfig, SimDevice, Simulation};
 use super::driver::{Driver, RawEvent, RawStream};
 use super::stream::{Owner, Stream};
-use crate::base::error::{Error, Result};
+use crate::base::error::{Error, Refusal, Result};
 use crate::base::sync::Lock;
 
 /// What a device tells those who order their memory by its streams.
@@ -247,12 +247,14 @@ impl GpuDevice {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// [`Error::InvalidPointer`] unless `other` is this device.
-    pub(super) fn must_be(&self, other: &Self, address: usize) -> Result<()> {
+    /// An error unless a stream of `other` can order memory of this device.
+    #[inline]
+    pub(super) fn must_be(&self, other: &Self) -> Result<()> {
         if self.same(other) {
             return Ok(());
         }
-        Err(Error::pointer(address, crate::base::error::PointerFault::WrongOwner))
+        let (found, needed) = (other.ordinal(), self.ordinal());
+        Err(Error::InvalidOperation(Refusal::WrongDevice { found, needed }))
     }
 }
 

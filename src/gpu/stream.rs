@@ -15,7 +15,7 @@ use std::thread::ThreadId;
 use super::capture::Session;
 use super::device::{DEFAULT_SLOT, GpuDevice};
 use super::driver::{Capture as CaptureState, RawEvent, RawStream};
-use crate::base::error::{Error, Result};
+use crate::base::error::{Error, Refusal, Result};
 use crate::base::sync::Lock;
 
 /// Who destroys a stream.
@@ -254,10 +254,7 @@ impl Stream {
 
     pub(super) fn refuse_capture(&self) -> Result<()> {
         if self.is_capturing() {
-            return Err(Error::refused(
-                "the stream is being captured into a graph, which waiting would invalidate",
-                "wait after the capture ended",
-            ));
+            return Err(Error::InvalidOperation(Refusal::Capturing));
         }
         Ok(())
     }
@@ -334,10 +331,7 @@ pub struct GpuEvent {
 impl GpuEvent {
     fn refuse_capture(&self) -> Result<()> {
         if self.captured {
-            return Err(Error::refused(
-                "the event was recorded in a graph capture, which asking would invalidate",
-                "record one outside",
-            ));
+            return Err(Error::InvalidOperation(Refusal::Capturing));
         }
         Ok(())
     }

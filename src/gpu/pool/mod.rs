@@ -148,7 +148,7 @@ impl<K: MemoryKind> GpuPool<K> {
         if ptr.as_ptr() as usize == 1 {
             return Ok(());
         }
-        self.inner.device.must_be(stream.device(), ptr.as_ptr() as usize)?;
+        self.inner.device.must_be(stream.device())?;
         self.free_raw(ptr.as_ptr() as usize, Some(stream))
     }
 
@@ -199,7 +199,7 @@ impl<K: MemoryKind> GpuPool<K> {
 
     /// Sets the stream that calls without one use.
     pub fn set_stream(&self, stream: &Stream) -> Result<()> {
-        self.inner.device.must_be(stream.device(), 0)?;
+        self.inner.device.must_be(stream.device())?;
         let fresh = stream.clone();
         // The old one may be the last handle, and a stream that ends calls back into the pool.
         let old = std::mem::replace(&mut *self.inner.stream.lock(), fresh);

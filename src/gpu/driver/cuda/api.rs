@@ -5,6 +5,7 @@
 //! called, and results are plain numbers. cudarc loads the same library.
 
 use core::ffi::{c_char, c_int, c_uint, c_void};
+use core::ptr::NonNull;
 use std::sync::OnceLock;
 
 use libloading::Library;
@@ -50,25 +51,33 @@ macro_rules! functions {
         }
 
         impl Api {
-            fn find(library: &'static Library) -> Option<Self> {
-                Some(Self {
+            /// The whole table, or the first symbol that is missing.
+            ///
+            /// # Safety
+            /// `find` answers with the function of that name of the CUDA driver, or one of its signature,
+            /// which stays loaded for ever.
+            unsafe fn find(find: Find<'_>) -> Result<Self, &'static str> {
+                Ok(Self {
                     $($field: {
-                        // SAFETY: the symbol is the driver's function of this name, whose C signature the
-                        // table states; the library is never unloaded.
-                        let symbol = unsafe {
-                            library.get::<unsafe extern "C" fn($($arg),*) -> Code>(concat!($symbol, "\0").as_bytes())
-                        };
-                        *symbol.ok()?
+                        let symbol = find($symbol).ok_or($symbol)?;
+                        // SAFETY: by the contract, it is the function whose C signature the table states.
+                        unsafe {
+                            core::mem::transmute::<*mut c_void, unsafe extern "C" fn($($arg),*) -> Code>(
+                                symbol.as_ptr(),
+                            )
+                        }
                     },)*
                 })
             }
         }
+
+        #[cfg(test)]
+        const SYMBOLS: &[&str] = &[$($symbol),*];
     };
 }
 
 functions! {
     init = "cuInit": fn(c_uint);
-    driver_version = "cuDriverGetVersion": fn(*mut c_int);
     device_count = "cuDeviceGetCount": fn(*mut c_int);
     device_get = "cuDeviceGet": fn(*mut c_int, c_int);
     device_name = "cuDeviceGetName": fn(*mut c_char, c_int, c_int);
@@ -118,28 +127,123 @@ functions! {
     graph_exec_destroy = "cuGraphExecDestroy": fn(Opaque);
 }
 
+/// Where a symbol lies, if it is there.
+type Find<'a> = &'a dyn Fn(&'static str) -> Option<NonNull<c_void>>;
+
 /// The oldest driver served: CUDA 11.4.
 const OLDEST: c_int = 11040;
 
-/// The driver's functions; `None` where there is no driver, or one too old.
+/// Asks a driver library what it is, and takes its functions if it is new enough.
+///
+/// # Safety
+/// As for [`Api::find`].
+unsafe fn open(find: Find<'_>) -> Result<Api> {
+    const NO_DEVICE: Code = 100;
+    let incomplete = |found, missing| Error::OldDriver { found, needed: OLDEST, missing: Some(missing) };
+    let version_of = find("cuDriverGetVersion").ok_or(incomplete(0, "cuDriverGetVersion"))?;
+    // SAFETY: the C signature of that function.
+    let version_of: unsafe extern "C" fn(*mut c_int) -> Code =
+        unsafe { core::mem::transmute(version_of.as_ptr()) };
+    let mut found = 0;
+    // SAFETY: `found` outlives the call, which may be made before any other.
+    check(unsafe { version_of(&mut found) }, "cuDriverGetVersion")?;
+    if found < OLDEST {
+        return Err(Error::OldDriver { found, needed: OLDEST, missing: None });
+    }
+    // SAFETY: the caller's contract.
+    let api = unsafe { Api::find(find) }.map_err(|missing| incomplete(found, missing))?;
+    // SAFETY: its only argument must be 0.
+    match unsafe { (api.init)(0) } {
+        NO_DEVICE => Err(Error::NoDevice { ordinal: 0, available: 0 }),
+        code => check(code, "cuInit").map(|()| api),
+    }
+}
+
+/// The driver's functions, or why they are not to be had.
 pub(super) fn api() -> Result<&'static Api> {
-    static API: OnceLock<Option<Api>> = OnceLock::new();
+    static API: OnceLock<Result<Api>> = OnceLock::new();
     let api = API.get_or_init(|| {
         let names = ["libcuda.so.1", "libcuda.so", "nvcuda.dll"];
         // SAFETY: loading the vendor's driver library runs its initialisers, which is what it is for.
-        let library = names.iter().find_map(|name| unsafe { Library::new(*name) }.ok())?;
+        let library = names.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
         // Never unloaded: threads of the driver may run for as long as the process does.
-        let api = Api::find(Box::leak(Box::new(library)))?;
-        let mut version = 0;
-        // SAFETY: both calls take what their C signatures say; `version` outlives the call.
-        let ready = unsafe { (api.init)(0) == 0 && (api.driver_version)(&mut version) == 0 };
-        (ready && version >= OLDEST).then_some(api)
+        let library = Box::leak(Box::new(library.ok_or(Error::NoDriver)?));
+        let find = |name: &'static str| {
+            // SAFETY: only the address is taken here.
+            let symbol = unsafe { library.get::<*mut c_void>(name) }.ok()?;
+            // SAFETY: the library is never unloaded.
+            unsafe { symbol.try_as_raw_ptr() }.and_then(NonNull::new)
+        };
+        // SAFETY: symbols of the vendor's library, which is never unloaded.
+        unsafe { open(&find) }
     });
-    api.as_ref().ok_or(Error::NoDriver)
+    api.as_ref().map_err(|error| *error)
 }
 
 /// A result of the driver as ours.
 #[inline]
 pub(super) fn check(code: Code, call: &'static str) -> Result<()> {
     if code == 0 { Ok(()) } else { Err(Error::Cuda { code, call }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use core::sync::atomic::{AtomicI32, Ordering};
+
+    use super::*;
+
+    static VERSION: AtomicI32 = AtomicI32::new(0);
+    static INIT: AtomicI32 = AtomicI32::new(0);
+
+    unsafe extern "C" fn version(out: *mut c_int) -> Code {
+        // SAFETY: the caller's local.
+        unsafe { *out = VERSION.load(Ordering::Relaxed) };
+        0
+    }
+
+    unsafe extern "C" fn init(_: c_uint) -> Code {
+        INIT.load(Ordering::Relaxed)
+    }
+
+    /// A driver of which one symbol is missing.
+    fn driver(missing: &'static str) -> impl Fn(&'static str) -> Option<NonNull<c_void>> {
+        move |name| match name {
+            _ if name == missing => None,
+            "cuDriverGetVersion" => NonNull::new(version as *mut c_void),
+            // The others are not called here.
+            _ => NonNull::new(init as *mut c_void),
+        }
+    }
+
+    fn error(missing: &'static str, found: i32, code: i32) -> Error {
+        VERSION.store(found, Ordering::Relaxed);
+        INIT.store(code, Ordering::Relaxed);
+        // SAFETY: what is called of it has the right signature.
+        unsafe { open(&driver(missing)) }.map(|_| ()).unwrap_err()
+    }
+
+    #[test]
+    fn a_driver_that_will_not_do_says_why() {
+        let old = error("", 11_030, 0);
+        assert_eq!(old, Error::OldDriver { found: 11_030, needed: OLDEST, missing: None });
+        assert!(old.to_string().contains("11.3") && old.to_string().contains("11.4"), "{old}");
+        // A driver that is too old says so, whatever it lacks.
+        assert_eq!(
+            error("cuMemMap", 10_020, 0),
+            Error::OldDriver { found: 10_020, needed: OLDEST, missing: None }
+        );
+        for &missing in SYMBOLS {
+            let error = error(missing, 12_040, 0);
+            assert_eq!(error, Error::OldDriver { found: 12_040, needed: OLDEST, missing: Some(missing) });
+            assert!(error.to_string().contains(missing) && error.to_string().contains("12.4"), "{error}");
+        }
+        let none = error("cuDriverGetVersion", 0, 0);
+        assert!(none.to_string().contains("cuDriverGetVersion"), "{none}");
+        assert_eq!(error("", 13_000, 100), Error::NoDevice { ordinal: 0, available: 0 });
+        assert_eq!(error("", 13_000, 803), Error::Cuda { code: 803, call: "cuInit" });
+        VERSION.store(13_000, Ordering::Relaxed);
+        INIT.store(0, Ordering::Relaxed);
+        // SAFETY: as above.
+        assert!(unsafe { open(&driver("")) }.is_ok());
+    }
 }

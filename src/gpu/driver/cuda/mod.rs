@@ -4,6 +4,15 @@
 //! change the calling thread's context behind the program's back. Calls that a graph capture in progress
 //! anywhere in the process would forbid (allocation, queries) run in the relaxed capture mode, since none of
 //! them belongs to the captured work.
+//!
+//! Invariants, which the calls below rest on
+//! 1. `api` holds the driver's functions under their C signatures, and is never unloaded.
+//! 2. What a call writes to or reads from by pointer is a local or a field that outlives the call; the driver
+//!    keeps none of these pointers.
+//! 3. Streams, events, graphs and handles were handed out by this driver and not taken back since, and
+//!    addresses are as each method's contract says: who calls an `unsafe` method vouches for it, and
+//!    `stream_from_raw` asks it of those who bring a stream.
+//! 4. `context` lives as long as the value: it was retained, or its owner is kept.
 
 mod api;
 
@@ -211,7 +220,7 @@ impl CudaDevice {
         check(unsafe { (self.api.context_get)(&mut context) }, "cuCtxGetCurrent")?;
         let pushed = context != self.context;
         if pushed {
-            // SAFETY: the context lives as long as `self`.
+            // SAFETY: invariants 1 and 4.
             check(unsafe { (self.api.context_push)(self.context) }, "cuCtxPushCurrent")?;
         }
         Ok(Current { api: self.api, pushed })
@@ -248,10 +257,7 @@ impl Drop for CudaDevice {
     }
 }
 
-// In each method below:
-// SAFETY: pointers given to the driver are to locals that outlive the call; streams, events, handles and
-// addresses are what the driver handed out, or what the caller vouches for.
-#[allow(clippy::undocumented_unsafe_blocks, reason = "one argument for all of them, stated above")]
+// SAFETY: the driver hands out memory that overlaps nothing, and keeps the rules of streams and events.
 unsafe impl Driver for CudaDevice {
     fn info(&self) -> &Info {
         &self.info
@@ -259,6 +265,7 @@ unsafe impl Driver for CudaDevice {
 
     fn memory_info(&self) -> Result<(usize, usize)> {
         let (mut free, mut total) = (0, 0);
+        // SAFETY: invariants 1 and 2.
         self.relaxed("cuMemGetInfo", |api| unsafe { (api.memory_info)(&mut free, &mut total) })?;
         Ok((free, total))
     }
@@ -269,13 +276,16 @@ unsafe impl Driver for CudaDevice {
         const ATTACH_GLOBAL: u32 = 1;
         let mut at = 0u64;
         match space {
+            // SAFETY: invariants 1 and 2.
             Space::Device => self.relaxed("cuMemAlloc", |api| unsafe { (api.alloc)(&mut at, bytes) })?,
+            // SAFETY: invariants 1 and 2.
             Space::Managed => self.relaxed("cuMemAllocManaged", |api| unsafe {
                 (api.alloc_managed)(&mut at, bytes, ATTACH_GLOBAL)
             })?,
             Space::Pinned { write_combined } => {
                 let flags = PORTABLE | if write_combined { WRITE_COMBINED } else { 0 };
                 let mut host = null_mut();
+                // SAFETY: invariants 1 and 2.
                 self.relaxed("cuMemHostAlloc", |api| unsafe { (api.alloc_host)(&mut host, bytes, flags) })?;
                 at = host as u64;
             }
@@ -286,9 +296,11 @@ unsafe impl Driver for CudaDevice {
     unsafe fn free(&self, space: Space, addr: usize) -> Result<()> {
         match space {
             Space::Device | Space::Managed => {
+                // SAFETY: invariants 1 and 3.
                 self.relaxed("cuMemFree", |api| unsafe { (api.free)(addr as u64) })
             }
             Space::Pinned { .. } => {
+                // SAFETY: invariants 1 and 3.
                 self.relaxed("cuMemFreeHost", |api| unsafe { (api.free_host)(addr as *mut c_void) })
             }
         }
@@ -296,96 +308,117 @@ unsafe impl Driver for CudaDevice {
 
     fn reserve_va(&self, bytes: usize) -> Result<usize> {
         let mut at = 0;
+        // SAFETY: invariants 1 and 2.
         self.relaxed("cuMemAddressReserve", |api| unsafe { (api.va_reserve)(&mut at, bytes, 0, 0, 0) })?;
         Ok(at as usize)
     }
 
     unsafe fn free_va(&self, addr: usize, bytes: usize) -> Result<()> {
+        // SAFETY: invariants 1 and 3.
         self.relaxed("cuMemAddressFree", |api| unsafe { (api.va_free)(addr as u64, bytes) })
     }
 
     fn create_handle(&self, bytes: usize) -> Result<Handle> {
         let mut handle = 0;
         let prop = self.prop();
+        // SAFETY: invariants 1, 2 and 3.
         self.relaxed("cuMemCreate", |api| unsafe { (api.handle_create)(&mut handle, bytes, &prop, 0) })?;
         Ok(Handle(handle))
     }
 
     unsafe fn release_handle(&self, handle: Handle) -> Result<()> {
+        // SAFETY: invariants 1 and 3.
         self.relaxed("cuMemRelease", |api| unsafe { (api.handle_release)(handle.0) })
     }
 
     unsafe fn map(&self, addr: usize, bytes: usize, handle: Handle) -> Result<()> {
         const READ_WRITE: c_int = 3;
         let at = addr as u64;
+        // SAFETY: invariants 1 and 3.
         self.relaxed("cuMemMap", |api| unsafe { (api.handle_map)(at, bytes, 0, handle.0, 0) })?;
         let access = AccessDesc { location: self.location(), flags: READ_WRITE };
+        // SAFETY: invariants 1, 2 and 3.
         let shown = self.relaxed("cuMemSetAccess", |api| unsafe { (api.set_access)(at, bytes, &access, 1) });
         if shown.is_err() {
+            // SAFETY: invariants 1 and 3.
             self.relaxed("cuMemUnmap", |api| unsafe { (api.handle_unmap)(at, bytes) })?;
         }
         shown
     }
 
     unsafe fn unmap(&self, addr: usize, bytes: usize) -> Result<()> {
+        // SAFETY: invariants 1 and 3.
         self.relaxed("cuMemUnmap", |api| unsafe { (api.handle_unmap)(addr as u64, bytes) })
     }
 
     fn stream_create(&self) -> Result<RawStream> {
         const NON_BLOCKING: u32 = 1;
         let mut made = null_mut();
+        // SAFETY: invariants 1 and 2.
         self.relaxed("cuStreamCreate", |api| unsafe { (api.stream_create)(&mut made, NON_BLOCKING) })?;
         Ok(RawStream(made as usize))
     }
 
     unsafe fn stream_destroy(&self, raw: RawStream) -> Result<()> {
+        // SAFETY: invariants 1 and 3.
         self.relaxed("cuStreamDestroy", |api| unsafe { (api.stream_destroy)(stream(raw)) })
     }
 
     fn stream_sync(&self, raw: RawStream) -> Result<()> {
+        // SAFETY: invariants 1 and 3.
         self.relaxed("cuStreamSynchronize", |api| unsafe { (api.stream_sync)(stream(raw)) })
     }
 
     fn stream_query(&self, raw: RawStream) -> Result<bool> {
+        // SAFETY: invariants 1 and 3.
         self.ask("cuStreamQuery", |api| unsafe { (api.stream_query)(stream(raw)) })
     }
 
     fn stream_wait(&self, raw: RawStream, after: RawEvent) -> Result<()> {
+        // SAFETY: invariants 1 and 3.
         self.call("cuStreamWaitEvent", |api| unsafe { (api.stream_wait)(stream(raw), event(after), 0) })
     }
 
     fn device_sync(&self) -> Result<()> {
+        // SAFETY: invariants 1 and 3; the driver hands `data`, which nobody else knows, to the trampoline once.
         self.relaxed("cuCtxSynchronize", |api| unsafe { (api.context_sync)() })
     }
 
     fn event_create(&self) -> Result<RawEvent> {
         const DISABLE_TIMING: u32 = 2;
         let mut made = null_mut();
+        // SAFETY: invariants 1 and 2.
         self.relaxed("cuEventCreate", |api| unsafe { (api.event_create)(&mut made, DISABLE_TIMING) })?;
         Ok(RawEvent(made as usize))
     }
 
     unsafe fn event_destroy(&self, raw: RawEvent) -> Result<()> {
+        // SAFETY: invariants 1 and 3.
         self.relaxed("cuEventDestroy", |api| unsafe { (api.event_destroy)(event(raw)) })
     }
 
     fn event_record(&self, raw: RawEvent, on: RawStream) -> Result<()> {
+        // SAFETY: invariants 1 and 3.
         self.call("cuEventRecord", |api| unsafe { (api.event_record)(event(raw), stream(on)) })
     }
 
     fn event_query(&self, raw: RawEvent) -> Result<bool> {
+        // SAFETY: invariants 1 and 3.
         self.ask("cuEventQuery", |api| unsafe { (api.event_query)(event(raw)) })
     }
 
     fn event_sync(&self, raw: RawEvent) -> Result<()> {
+        // SAFETY: invariants 1 and 3.
         self.relaxed("cuEventSynchronize", |api| unsafe { (api.event_sync)(event(raw)) })
     }
 
     unsafe fn copy(&self, dst: usize, src: usize, bytes: usize, on: RawStream) -> Result<()> {
+        // SAFETY: invariants 1 and 3.
         self.call("cuMemcpyAsync", |api| unsafe { (api.copy)(dst as u64, src as u64, bytes, stream(on)) })
     }
 
     unsafe fn fill(&self, dst: usize, byte: u8, bytes: usize, on: RawStream) -> Result<()> {
+        // SAFETY: invariants 1 and 3.
         self.call("cuMemsetD8Async", |api| unsafe { (api.fill)(dst as u64, byte, bytes, stream(on)) })
     }
 
@@ -397,9 +430,12 @@ unsafe impl Driver for CudaDevice {
             let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
         }
         let data = Box::into_raw(Box::new(run));
+        // SAFETY: invariants 1 and 3.
         let issued = self
             .call("cuLaunchHostFunc", |api| unsafe { (api.host_call)(stream(on), trampoline, data.cast()) });
         if issued.is_err() {
+            // SAFETY: invariant 1.
+            // SAFETY: the driver did not take it, so it is ours again.
             drop(unsafe { Box::from_raw(data) });
         }
         issued
@@ -407,36 +443,44 @@ unsafe impl Driver for CudaDevice {
 
     fn capture_state(&self, raw: RawStream) -> Result<Capture> {
         let mut state = 0;
+        // SAFETY: invariants 1, 2 and 3.
         self.call("cuStreamIsCapturing", |api| unsafe { (api.is_capturing)(stream(raw), &mut state) })?;
         Ok(if state == 0 { Capture::None } else { Capture::Active })
     }
 
     fn begin_capture(&self, raw: RawStream) -> Result<()> {
         const THREAD_LOCAL: c_int = 1;
+        // SAFETY: invariants 1 and 3.
         self.call("cuStreamBeginCapture", |api| unsafe { (api.begin_capture)(stream(raw), THREAD_LOCAL) })
     }
 
     fn end_capture(&self, raw: RawStream) -> Result<RawGraph> {
         let mut graph = null_mut();
+        // SAFETY: invariants 1, 2 and 3.
         self.call("cuStreamEndCapture", |api| unsafe { (api.end_capture)(stream(raw), &mut graph) })?;
         let mut exec = null_mut();
+        // SAFETY: invariants 1, 2 and 3.
         let made =
             self.relaxed("cuGraphInstantiate", |api| unsafe { (api.graph_instantiate)(&mut exec, graph, 0) });
+        // SAFETY: invariants 1 and 3.
         self.relaxed("cuGraphDestroy", |api| unsafe { (api.graph_destroy)(graph) })?;
         made.map(|()| RawGraph(exec as usize))
     }
 
     fn graph_launch(&self, graph: RawGraph, on: RawStream) -> Result<()> {
+        // SAFETY: invariants 1 and 3.
         self.call("cuGraphLaunch", |api| unsafe { (api.graph_launch)(graph.0 as Opaque, stream(on)) })
     }
 
     unsafe fn graph_destroy(&self, graph: RawGraph) -> Result<()> {
+        // SAFETY: invariants 1 and 3.
         self.relaxed("cuGraphExecDestroy", |api| unsafe { (api.graph_exec_destroy)(graph.0 as Opaque) })
     }
 
     fn enable_peer(&self, other: &dyn Driver) -> Result<()> {
         let call = "cuCtxEnablePeerAccess";
         let Some(other) = other.cuda() else { return Err(Error::Cuda { code: 1, call }) };
+        // SAFETY: invariants 1 and 4.
         match self.call(call, |api| unsafe { (api.enable_peer)(other.context, 0) }) {
             Err(Error::Cuda { code: PEER_ALREADY_ENABLED, .. }) => Ok(()),
             result => result,
