@@ -343,7 +343,7 @@ fn the_books_stay_small() {
     let before = pool.metadata_size();
     for count in 1..=100_000 {
         pool.allocate_async(512, &stream).unwrap();
-        if count > 10_000 && count % 1000 == 0 {
+        if count > 20_000 && count % 1000 == 0 {
             let each = (pool.metadata_size() - before) as f64 / f64::from(count);
             assert!(each <= 32.0, "{each} bytes a block with {count} blocks");
         }

@@ -185,7 +185,7 @@ impl Stream {
             return Err(Error::refused("the stream is not borrowed", "use begin_capture"));
         }
         if let Some(GraphMemory(session)) = memory {
-            self.device().must_be(&session.device, 0)?;
+            self.device().must_be(&session.device)?;
         }
         self.set_session(memory.map(|GraphMemory(session)| session.clone()));
         Ok(())

@@ -453,6 +453,11 @@ impl Core {
         self.zones[zone].set_flags(node, flags & !SHARED);
     }
 
+    /// Whether other lanes than its own used a live block.
+    pub(super) fn is_shared(&self, ticket: Ticket) -> bool {
+        self.zones[ticket.zone()].tag(ticket.node()).batch & SHARED != 0
+    }
+
     /// Makes a block findable by its address.
     pub(super) fn publish(&mut self, ticket: Ticket) -> bool {
         self.zones[ticket.zone()].publish(ticket.node())

@@ -87,6 +87,10 @@ unsafe impl Reach for HostReach {
 #[cold]
 pub(super) unsafe fn damage(reach: &impl Reach, at: usize, len: usize, byte: u8) -> (usize, usize) {
     let (mut first, mut count) = (at + len, 0);
+    // SAFETY: the caller's bytes.
+    if unsafe { reach.holds(at, len, byte) } {
+        return (first, count);
+    }
     let mut chunk = [0; 4096];
     for start in (0..len).step_by(chunk.len()) {
         let part = &mut chunk[..(len - start).min(4096)];

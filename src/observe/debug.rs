@@ -196,6 +196,30 @@ impl<R: Reach> DebugLayer<R> {
         books.records.set_state(id, State::Held);
     }
 
+    /// The user freed the block at `outer`, which goes back at once: its bytes may not be looked at now. Returns
+    /// its inner address; `None` where no live block begins there, which is a finding.
+    #[cold]
+    pub(crate) fn let_through(&self, outer: usize) -> Option<usize> {
+        let stack = self.here();
+        let mut books = self.books.lock();
+        let mark = books.mark(stack.as_ref());
+        match books.records.find(outer) {
+            Some(id) if books.records[id].state == State::Live => {
+                let Record { size, inner_size, .. } = books.records[id];
+                books.records[id].freed = mark;
+                books.history.push(mark, OperationKind::Free, outer, size);
+                books.held_bytes += inner_size;
+                Some(books.let_go(id))
+            }
+            other => {
+                let mut found = Vec::new();
+                self.refuse(&mut books, other, outer, mark, &mut found);
+                self.act(books, found);
+                None
+            }
+        }
+    }
+
     /// Whether the block that is held longest should go. A quarantine holds one block at least, so that a
     /// write to a block larger than the quarantine is found as well.
     #[inline]

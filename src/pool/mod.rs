@@ -23,7 +23,7 @@ mod interface;
 mod large;
 mod lock_free;
 mod memory;
-mod owner;
+pub(crate) mod owner;
 mod tracking;
 mod wrapped;
 

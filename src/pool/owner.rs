@@ -2,7 +2,7 @@
 
 /// The thread that may use a pool, if it is one alone.
 #[derive(Debug)]
-pub(super) struct Owner {
+pub(crate) struct Owner {
     /// Its token; 0 where every thread may.
     thread: usize,
 }
@@ -16,13 +16,13 @@ fn token() -> usize {
 
 impl Owner {
     /// Everybody, or the calling thread.
-    pub(super) fn new(everybody: bool) -> Self {
+    pub(crate) fn new(everybody: bool) -> Self {
         Self { thread: if everybody { 0 } else { token() } }
     }
 
     /// Whether the calling thread may use the pool.
     #[inline]
-    pub(super) fn admits(&self) -> bool {
+    pub(crate) fn admits(&self) -> bool {
         self.thread == 0 || self.thread == token()
     }
 }

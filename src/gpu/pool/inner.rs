@@ -8,14 +8,16 @@ use core::alloc::Layout;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
-use super::super::core::{Ask, Core, Placed, Ticket, ZONE_LIMITS};
+use super::super::core::{Ask, Core, Placed, Ticket};
 use super::super::device::{GpuDevice, Member};
 use super::super::driver::Space;
 use super::super::ranges::CLEAN;
 use super::super::stream::Stream;
+use super::options;
 use super::source::Source;
+use super::watch::Watch;
 use crate::base::bits::round_up;
-use crate::base::config::{AllocatorType, PoolConfig};
+use crate::base::config::PoolConfig;
 use crate::base::error::{Error, OomReason, Refusal, Result};
 use crate::base::pool::{AllocFlags, MemoryType};
 use crate::base::sync::Lock;
@@ -25,13 +27,6 @@ pub(super) type OomCallback = dyn Fn(Layout) -> bool + Send + Sync;
 
 /// Least bytes to take from the driver at once, unless a limit says otherwise.
 const MIN_GROWTH: usize = 2 << 20;
-
-/// The class of a request in pools of size classes: powers of two for small blocks, of which most are alike;
-/// eight classes a doubling for medium and large ones, so that no more than an eighth is lost.
-fn class_size(bytes: usize) -> Option<usize> {
-    let power = bytes.checked_next_power_of_two()?;
-    if bytes < ZONE_LIMITS[0] { Some(power) } else { round_up(bytes, (power / 16).max(1)) }
-}
 
 pub(in crate::gpu) struct Inner {
     pub(in crate::gpu) device: GpuDevice,
@@ -46,8 +41,8 @@ pub(in crate::gpu) struct Inner {
     pub(super) limit: AtomicUsize,
     pub(super) stream: Lock<Stream>,
     pub(super) callback: Lock<Option<Arc<OomCallback>>>,
-    /// Whether the device wants to hear of blocks.
-    watched: bool,
+    /// Set where somebody watches the pool's blocks.
+    pub(super) watch: Option<Box<Watch>>,
 }
 
 impl Inner {
@@ -58,7 +53,7 @@ impl Inner {
         memory_type: MemoryType,
         space: Space,
     ) -> Result<Arc<Self>> {
-        config.validate()?;
+        options::validate(&config, memory_type)?;
         // The CPU's small values need no 512 bytes each.
         let shift = if memory_type == MemoryType::Gpu { 9 } else { 6 };
         let inner = Arc::new(Self {
@@ -71,7 +66,7 @@ impl Inner {
             limit: AtomicUsize::new(config.max_size),
             stream: Lock::new(device.default_stream()),
             callback: Lock::default(),
-            watched: device.0.driver.info().watches_blocks,
+            watch: Watch::new(device, name, &config, memory_type)?,
             config,
         });
         let member: Arc<dyn Member> = inner.clone();
@@ -82,17 +77,8 @@ impl Inner {
         Ok(inner)
     }
 
-    /// The size that a request takes, before rounding to granules.
-    fn rounded(&self, bytes: usize) -> Option<usize> {
-        match self.config.allocator_type {
-            AllocatorType::FixedSize => bytes.max(1).checked_next_multiple_of(self.config.block_size),
-            AllocatorType::SizeClass => class_size(bytes),
-            _ => Some(bytes.max(1)),
-        }
-    }
-
     /// A block for work on `stream`, or for the CPU. `bytes` is not 0.
-    pub(in crate::gpu) fn take(
+    pub(super) fn take_plain(
         self: &Arc<Self>,
         bytes: usize,
         align: usize,
@@ -100,8 +86,9 @@ impl Inner {
         flags: AllocFlags,
     ) -> Result<Placed> {
         let align = align.max(self.config.alignment);
-        let rounded = self.rounded(bytes).filter(|&size| size <= isize::MAX as usize);
-        let Some(rounded) = rounded else { return Err(Error::oom(bytes, OomReason::Overflow)) };
+        let Some(rounded) = options::rounded(&self.config, bytes) else {
+            return Err(Error::oom(bytes, OomReason::Overflow));
+        };
         if let Some(stream) = stream {
             self.accept(stream)?;
         }
@@ -110,20 +97,16 @@ impl Inner {
         let lane = self.lane(&mut core, stream)?;
         let ask = Ask { bytes: rounded, align, lane };
         let driver = &*self.device.0.driver;
-        let placed = match core.place(ask) {
-            Some(placed) => placed,
+        match core.place(ask) {
+            Some(placed) => Ok(placed),
             None => match core.place_slow(driver, ask) {
-                Some(placed) => placed,
+                Some(placed) => Ok(placed),
                 None => {
                     drop(core);
-                    self.take_growing(ask, flags)?
+                    self.take_growing(ask, flags)
                 }
             },
-        };
-        if self.watched {
-            driver.block_taken(placed.start, placed.len, stream.map(Stream::raw));
         }
-        Ok(placed)
     }
 
     /// Says no to streams that cannot order this pool's memory.
@@ -291,17 +274,8 @@ impl Inner {
     }
 
     /// Frees a block on `stream`, or for the CPU.
-    pub(in crate::gpu) fn give(
-        self: &Arc<Self>,
-        ticket: Ticket,
-        start: usize,
-        len: usize,
-        stream: Option<&Stream>,
-    ) {
+    pub(super) fn give_plain(self: &Arc<Self>, ticket: Ticket, stream: Option<&Stream>) {
         let driver = &*self.device.0.driver;
-        if self.watched {
-            driver.block_freed(start, len);
-        }
         let mut core = self.core.lock();
         // No lane is to be had only while 4094 streams are in use: then the device is waited for instead.
         let lane = match self.lane(&mut core, stream) {
@@ -321,13 +295,12 @@ impl Inner {
         bytes: usize,
         stream: Option<&Stream>,
     ) -> Option<usize> {
-        let bytes = self.rounded(bytes)?;
+        let bytes = options::rounded(&self.config, bytes).filter(|_| self.in_place())?;
         let mut core = self.core.lock();
         let lane = self.lane(&mut core, stream).ok()?;
         let (start, before, len) = core.grow(ticket, bytes, lane)?;
-        if self.watched && len > before {
-            self.device.0.driver.block_taken(start + before, len - before, stream.map(Stream::raw));
-        }
+        drop(core);
+        self.tell_grown(start, before, len, stream);
         Some(len)
     }
 
@@ -351,7 +324,8 @@ impl Inner {
             return Ok(());
         }
         let overflow = Error::oom(bytes, OomReason::Overflow);
-        let ask = Ask { bytes: self.rounded(bytes).ok_or(overflow)?, align: 1, lane: CLEAN };
+        let ask =
+            Ask { bytes: options::rounded(&self.config, bytes).ok_or(overflow)?, align: 1, lane: CLEAN };
         let _ticket = self.growth.lock();
         let driver = &*self.device.0.driver;
         let (need, want) = {
@@ -419,6 +393,7 @@ impl Inner {
     pub(super) fn close(&self) -> Result<()> {
         let _ticket = self.growth.lock();
         {
+            self.empty_quarantine();
             let core = self.core.lock();
             match core.live_blocks() {
                 0 => self.closed.store(true, Ordering::Relaxed),
@@ -436,11 +411,8 @@ impl Inner {
     /// No block is used or freed after.
     pub(super) unsafe fn reset(&self) -> Result<()> {
         self.device.synchronize()?;
-        let mut core = self.core.lock();
-        if self.watched {
-            core.for_each_live(&mut |start, len, _| self.device.0.driver.block_freed(start, len));
-        }
-        core.reset();
+        self.forget_all();
+        self.core.lock().reset();
         Ok(())
     }
 }
@@ -458,6 +430,7 @@ impl Member for Inner {
     }
 
     fn give_back(&self) -> usize {
+        self.empty_quarantine();
         self.release_idle(0)
     }
 }
@@ -469,6 +442,7 @@ impl Drop for Inner {
         if driver.device_sync().is_err() && driver.device_sync().is_err() {
             return;
         }
+        self.on_drop();
         let mut core = self.core.lock();
         for event in core.order.take_events() {
             // SAFETY: the pool's own events, used no more.

@@ -5,6 +5,7 @@ use core::ptr::NonNull;
 
 use super::GpuPool;
 use crate::base::config::PoolConfig;
+use crate::base::diagnostics::Diagnostics;
 use crate::base::error::{Error, Refusal, Result};
 use crate::base::host::{HostPool, Resized, dangling};
 use crate::base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
@@ -72,7 +73,7 @@ impl<K: MemoryKind> GpuPool<K> {
     pub unsafe fn deallocate(&self, ptr: NonNull<u8>) {
         let freed = self.free_raw(ptr.as_ptr() as usize, self.implicit_stream().as_ref());
         // Dangling pointers of size 0 end here too.
-        debug_assert!(freed.is_ok() || !self.owns(ptr), "{freed:?}");
+        debug_assert!(freed.is_ok() || self.diagnostics().is_some() || !self.owns(ptr), "{freed:?}");
     }
 
     /// Whether `ptr` lies in memory of this pool.
@@ -82,7 +83,7 @@ impl<K: MemoryKind> GpuPool<K> {
 
     /// Bytes that may be used at `ptr`; `None` where no block begins there that was handed out by address.
     pub fn usable_size(&self, ptr: NonNull<u8>) -> Option<usize> {
-        self.find(ptr.as_ptr() as usize).ok().map(|(_, len)| len)
+        self.inner.find(ptr.as_ptr() as usize).ok().map(|(_, len)| len)
     }
 
     /// Makes `bytes` available in one piece without a further call to the driver.
@@ -93,12 +94,14 @@ impl<K: MemoryKind> GpuPool<K> {
     /// Gives idle memory back to the driver until at most `keep` free bytes are left; returns the bytes given
     /// back. Memory whose work is not complete is not idle.
     pub fn trim(&self, keep: usize) -> Result<usize> {
+        self.inner.empty_quarantine();
         Ok(self.inner.release_idle(keep))
     }
 
     /// Empties the pool; an error while anything is live.
     pub fn reset(&self) -> Result<()> {
-        let live = self.inner.core.lock().live_blocks();
+        self.inner.empty_quarantine();
+        let live = self.inner.live_blocks();
         if live != 0 {
             return Err(Error::InvalidOperation(Refusal::StillLive(live)));
         }
@@ -143,11 +146,12 @@ impl<K: MemoryKind> GpuPool<K> {
 
     /// What the pool did and holds.
     pub fn stats(&self) -> MemoryStats {
-        self.inner.core.lock().stats()
+        self.inner.stats()
     }
 
     /// Starts the peaks anew from what is current.
     pub fn reset_peak(&self) {
+        self.inner.empty_quarantine();
         self.inner.core.lock().reset_peak();
     }
 
@@ -163,17 +167,12 @@ impl<K: MemoryKind> GpuPool<K> {
 
     /// The live blocks, in no particular order.
     pub fn active_allocations(&self) -> Vec<ActiveAllocation> {
-        let mut live = Vec::new();
-        self.inner
-            .core
-            .lock()
-            .for_each_live(&mut |start, len, _| live.push(ActiveAllocation::new(start, len)));
-        live
+        self.inner.active()
     }
 
     /// Whether anything is live.
     pub fn has_leaks(&self) -> bool {
-        self.inner.core.lock().live_blocks() != 0
+        self.inner.live_blocks() != 0
     }
 
     /// Whose memory this is.
@@ -189,6 +188,11 @@ impl<K: MemoryKind> GpuPool<K> {
     /// What the pool was made with.
     pub fn config(&self) -> &PoolConfig {
         &self.inner.config
+    }
+
+    /// The pool's debugging side, where its configuration has debugging on.
+    pub fn diagnostics(&self) -> Option<&dyn Diagnostics> {
+        self.inner.diagnostics()
     }
 
     /// Walks every invariant of the pool's books.
@@ -266,6 +270,9 @@ impl<K: MemoryKind> MemoryPool for GpuPool<K> {
     fn close(&self) -> Result<()> {
         self.close()
     }
+    fn diagnostics(&self) -> Option<&dyn Diagnostics> {
+        self.diagnostics()
+    }
 }
 
 // SAFETY: blocks of these kinds are ordinary memory to the CPU, cut from live segments without overlap, and
@@ -281,13 +288,13 @@ unsafe impl<K: HostAccessible> HostPool for GpuPool<K> {
     }
 
     unsafe fn grow_in_place(&self, ptr: NonNull<u8>, _old: Layout, new: Layout) -> Option<Resized> {
-        let (ticket, len) = self.find(ptr.as_ptr() as usize).ok()?;
+        let (ticket, len) = self.inner.find(ptr.as_ptr() as usize).ok()?;
         let len = if len >= new.size() { len } else { self.inner.grow_in_place(ticket, new.size(), None)? };
         Some(Resized { block: NonNull::slice_from_raw_parts(ptr, len), zero_from: len })
     }
 
     unsafe fn shrink_in_place(&self, ptr: NonNull<u8>, _old: Layout, _new: Layout) -> Option<NonNull<[u8]>> {
-        let (_, len) = self.find(ptr.as_ptr() as usize).ok()?;
+        let (_, len) = self.inner.find(ptr.as_ptr() as usize).ok()?;
         // Any layout frees a block here, so it may stay as it is.
         Some(NonNull::slice_from_raw_parts(ptr, len))
     }

@@ -2,8 +2,10 @@
 
 mod inner;
 mod interface;
+mod options;
 mod settled;
 mod source;
+mod watch;
 
 use core::alloc::Layout;
 use core::ffi::c_void;
@@ -17,7 +19,6 @@ use bytemuck::Zeroable;
 pub(super) use inner::Inner;
 
 use super::buffer::DeviceBuffer;
-use super::core::Ticket;
 use super::device::GpuDevice;
 use super::driver::Space;
 use super::host::HostBuffer;
@@ -25,6 +26,7 @@ use super::kind::{Device, HostAccessible, Managed, MemoryKind, Pinned};
 use super::stream::Stream;
 use crate::base::config::PoolConfig;
 use crate::base::error::{Error, OomReason, PointerFault, Result};
+use crate::base::finding::{Finding, Site};
 use crate::base::host::dangling;
 use crate::base::pool::{AllocFlags, MemoryType};
 
@@ -159,25 +161,20 @@ impl<K: MemoryKind> GpuPool<K> {
     pub unsafe fn deallocate_async(&self, ptr: NonNull<c_void>, stream: &Stream) {
         // SAFETY: the caller's contract is the same.
         let freed = unsafe { self.try_deallocate_async(ptr, stream) };
-        debug_assert!(freed.is_ok(), "{freed:?}");
+        // A debug layer has told it already.
+        debug_assert!(freed.is_ok() || self.diagnostics().is_some(), "{freed:?}");
     }
 
     fn free_raw(&self, address: usize, stream: Option<&Stream>) -> Result<()> {
-        let (ticket, len) = self.find(address)?;
+        let (ticket, len) = self.inner.find(address).inspect_err(|_| self.inner.refuse(address))?;
         self.inner.give(ticket, address, len, stream);
         Ok(())
-    }
-
-    fn find(&self, address: usize) -> Result<(Ticket, usize)> {
-        let core = self.inner.core.lock();
-        let ticket = core.find(address)?;
-        Ok((ticket, core.len(ticket)))
     }
 
     /// Says that work on `stream` uses the block at `ptr` too: once freed, it is not reused before the work
     /// that `stream` was issued until the free is done.
     pub fn record_stream(&self, ptr: NonNull<c_void>, stream: &Stream) -> Result<()> {
-        let (ticket, _) = self.find(ptr.as_ptr() as usize)?;
+        let (ticket, _) = self.inner.find(ptr.as_ptr() as usize)?;
         self.inner.share(ticket, stream)
     }
 
@@ -270,8 +267,20 @@ impl<K: MemoryKind> GpuPool<K> {
         println!("{} pool {:?} on {}\n{}", K::TYPE, self.inner.name, self.inner.device.name(), self.stats());
     }
 
-    /// Every live block, and who it was allocated for, on stdout.
+    /// Every live block on stdout: who it was allocated for, and in pools with a debug layer by whom.
     pub fn print_allocated_blocks(&self) {
+        if let Some(watch) = self.diagnostics() {
+            let blocks = watch.leaks();
+            println!("{} live blocks in {} pool {:?}", blocks.len(), K::TYPE, self.inner.name);
+            for Finding { address, size, allocated, .. } in blocks {
+                print!("{address:#014x} {size:>12}");
+                if let Some(Site { operation, thread, stack, .. }) = allocated {
+                    println!("  thread {thread}, operation {operation}");
+                    stack.iter().for_each(|stack| println!("{stack}"));
+                }
+            }
+            return;
+        }
         let mut blocks = Vec::new();
         self.inner.core.lock().for_each_live(&mut |start, len, lane| blocks.push((start, len, lane)));
         println!("{} live blocks in {} pool {:?}", blocks.len(), K::TYPE, self.inner.name);

@@ -14,7 +14,12 @@ impl Ranges {
 
     /// Makes a live block findable by its address; false where the host has no memory for that.
     pub(in crate::gpu) fn publish(&mut self, index: u32) -> bool {
-        if self.published >= self.chains.len() * 3 && !self.grow_chains() {
+        if self.tag(index).batch & PUBLISHED != 0 {
+            return true;
+        }
+        // Short chains while they cost little; a block in many must stay below 32 bytes.
+        let load = if self.chains.len() < 1024 { 1 } else { 4 };
+        if self.published >= self.chains.len() * load && !self.grow_chains() {
             return false;
         }
         self.set_flags(index, self.tag(index).batch | PUBLISHED);
