@@ -9,6 +9,7 @@ pub mod finding;
 pub mod heap_config;
 pub mod host;
 pub(crate) mod latency;
+pub(crate) mod lock;
 pub mod policy;
 pub mod pool;
 pub(crate) mod report;

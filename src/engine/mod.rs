@@ -152,6 +152,17 @@ pub unsafe trait Engine: Send {
     /// `start` is the address of a live block of this engine.
     unsafe fn free(&mut self, start: usize) -> usize;
 
+    /// [`free`](Engine::free) where that is quick; whether it was. If not, nothing has changed.
+    ///
+    /// # Safety
+    /// As for `free`.
+    #[inline]
+    unsafe fn give(&mut self, start: usize) -> bool {
+        // SAFETY: the caller's contract.
+        unsafe { self.free(start) };
+        true
+    }
+
     /// `free` for an address that nobody vouches for: the fault, as far as it is detected, and nothing is
     /// changed then.
     ///

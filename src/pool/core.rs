@@ -140,19 +140,27 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     /// `allocate` of the interface.
     #[inline(always)]
     pub(super) fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>> {
-        if !O::ACTIVE && layout.size() != 0 && (!F::SHARED || self.owner.admits()) {
-            let (start, size) = self.front.take(layout);
-            if start != 0 {
-                return Ok(NonNull::slice_from_raw_parts(pointer(start), size));
+        let (mut taken, mut owing) = ((0, 0), false);
+        if !O::ACTIVE && layout.size() != 0 && (!F::SHARED || self.owner.is_everybody()) {
+            (taken, owing) = self.front.take(layout);
+            if taken.0 != 0 && !owing {
+                return Ok(NonNull::slice_from_raw_parts(pointer(taken.0), taken.1));
             }
         }
-        self.allocate_slow(layout)
+        self.allocate_slow(layout, taken, owing)
     }
 
-    /// The rest of `allocate`.
+    /// The rest of `allocate`, whatever came of it so far: one call from one place, for which the fast path keeps
+    /// nothing.
     #[cold]
     #[inline(never)]
-    fn allocate_slow(&self, layout: Layout) -> Result<NonNull<[u8]>> {
+    fn allocate_slow(&self, layout: Layout, taken: (usize, usize), owing: bool) -> Result<NonNull<[u8]>> {
+        if owing {
+            self.front.settle_slow();
+        }
+        if taken.0 != 0 {
+            return Ok(NonNull::slice_from_raw_parts(pointer(taken.0), taken.1));
+        }
         if layout.size() == 0 {
             return self.admit().map(|()| dangling(layout));
         }
@@ -176,11 +184,34 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     ///
     /// # Safety
     /// `ptr` came from this pool, is live (or empty) and not used after; `layout`, if given, fits it.
-    #[inline]
+    #[inline(always)]
     pub(super) unsafe fn deallocate(&self, ptr: NonNull<u8>, layout: Option<Layout>) {
         let outer = ptr.as_ptr() as usize;
+        let (mut given, mut owing) = (false, false);
         // Empty blocks lie at their alignment.
-        if layout.is_none() && outer <= MAX_ALIGNMENT && self.disowns_slow(ptr) {
+        if !O::ACTIVE && (layout.is_some() || outer > MAX_ALIGNMENT) && !self.large.may_be::<F>(outer) {
+            // SAFETY: the caller's contract, and it is no large block.
+            (given, owing) = unsafe { self.front.give(outer) };
+            if given && !owing {
+                return;
+            }
+        }
+        // SAFETY: the caller's contract.
+        unsafe { self.deallocate_slow(ptr, layout, given, owing) }
+    }
+
+    /// The rest of `deallocate`, whatever came of it so far.
+    ///
+    /// # Safety
+    /// As for `deallocate`, unless it was `given`.
+    #[cold]
+    #[inline(never)]
+    unsafe fn deallocate_slow(&self, ptr: NonNull<u8>, layout: Option<Layout>, given: bool, owing: bool) {
+        if owing {
+            self.front.settle_slow();
+        }
+        let outer = ptr.as_ptr() as usize;
+        if given || layout.is_none() && outer <= MAX_ALIGNMENT && !self.owns(ptr) {
             return;
         }
         // SAFETY: the caller's contract.
@@ -188,9 +219,9 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             if let Some(inner) = self.observer.on_free(outer, layout) {
                 self.free(inner);
             }
-            if O::ACTIVE {
-                self.evict(false);
-            }
+        }
+        if O::ACTIVE {
+            self.evict(false);
         }
     }
 
@@ -198,7 +229,6 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     ///
     /// # Safety
     /// `inner` is live and not used after.
-    #[inline]
     pub(super) unsafe fn free(&self, inner: usize) {
         if self.large.may_be::<F>(inner) && self.free_large(inner) {
             return;
@@ -271,13 +301,6 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     pub(super) fn owns(&self, ptr: NonNull<u8>) -> bool {
         let address = ptr.as_ptr() as usize;
         self.front.with(|engine| engine.owns(address)) || self.large.containing(address).is_some()
-    }
-
-    /// Whether `ptr` is none of this pool's; apart, to keep frees small.
-    #[cold]
-    #[inline(never)]
-    fn disowns_slow(&self, ptr: NonNull<u8>) -> bool {
-        !self.owns(ptr)
     }
 
     /// Grows a block where it is.

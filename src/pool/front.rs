@@ -15,8 +15,12 @@ pub(super) const LARGE_ALIGN: usize = 1 << 20;
 
 /// Access to an engine for those who may have it.
 ///
+/// `take` and `give` are the fast paths: they inline, wait for nobody, and call nothing where all is well, so that a
+/// call of the pool that does not inline needs no frame. Where they do not serve, `alloc` and `free` do.
+///
 /// # Safety
-/// `take`, `alloc` and `free` act as those of an [`Engine`], for every thread that may call the front at all.
+/// `take`, `alloc`, `give` and `free` act as those of an [`Engine`], for every thread that may call the front at
+/// all.
 pub unsafe trait Front: fmt::Debug {
     /// Requests from this size on that find no room get memory of their own from the source, and so do those
     /// aligned to 1 MiB.
@@ -25,17 +29,27 @@ pub unsafe trait Front: fmt::Debug {
     /// Whether several threads may call.
     const SHARED: bool;
 
-    /// As [`Engine::take`].
-    fn take(&self, layout: Layout) -> (usize, usize);
+    /// As [`Engine::take`], for who does not wait; and whether [`settle_slow`](Self::settle_slow) must follow.
+    fn take(&self, layout: Layout) -> ((usize, usize), bool);
 
     /// Cuts a block; `None` when nothing fits.
     fn alloc(&self, layout: Layout) -> Option<Block>;
+
+    /// Whether the block was taken back as by `free`, for who does not wait; and whether
+    /// [`settle_slow`](Self::settle_slow) must follow.
+    ///
+    /// # Safety
+    /// As for `free`.
+    unsafe fn give(&self, start: usize) -> (bool, bool);
 
     /// Takes a block back.
     ///
     /// # Safety
     /// `start` is the address of a live block of this engine.
     unsafe fn free(&self, start: usize);
+
+    /// Does what a fast path left to be done: wakes who waits for the lock.
+    fn settle_slow(&self) {}
 
     /// Whether calls wait for each other, so that many at once are better done in one turn.
     #[inline]
@@ -95,8 +109,9 @@ unsafe impl<E: PoolEngine> Front for Locked<E> {
     const SHARED: bool = true;
 
     #[inline(always)]
-    fn take(&self, layout: Layout) -> (usize, usize) {
-        self.engine.lock().take(layout)
+    fn take(&self, layout: Layout) -> ((usize, usize), bool) {
+        let Some(mut engine) = self.engine.try_lock() else { return ((0, 0), false) };
+        (engine.take(layout), engine.leave())
     }
 
     fn alloc(&self, layout: Layout) -> Option<Block> {
@@ -104,9 +119,20 @@ unsafe impl<E: PoolEngine> Front for Locked<E> {
     }
 
     #[inline(always)]
+    unsafe fn give(&self, start: usize) -> (bool, bool) {
+        let Some(mut engine) = self.engine.try_lock() else { return (false, false) };
+        // SAFETY: the caller's contract.
+        (unsafe { engine.give(start) }, engine.leave())
+    }
+
     unsafe fn free(&self, start: usize) {
         // SAFETY: the caller's contract.
         unsafe { self.engine.lock().free(start) };
+    }
+
+    #[cold]
+    fn settle_slow(&self) {
+        self.engine.wake_slow();
     }
 
     fn with<R>(&self, act: impl FnOnce(&mut dyn Engine) -> R) -> R {
@@ -181,8 +207,8 @@ unsafe impl<E: PoolEngine> Front for Local<E> {
     const SHARED: bool = false;
 
     #[inline(always)]
-    fn take(&self, layout: Layout) -> (usize, usize) {
-        self.enter(|engine| engine.take(layout))
+    fn take(&self, layout: Layout) -> ((usize, usize), bool) {
+        (self.enter(|engine| engine.take(layout)), false)
     }
 
     fn alloc(&self, layout: Layout) -> Option<Block> {
@@ -190,6 +216,11 @@ unsafe impl<E: PoolEngine> Front for Local<E> {
     }
 
     #[inline(always)]
+    unsafe fn give(&self, start: usize) -> (bool, bool) {
+        // SAFETY: the caller's contract.
+        (self.enter(|engine| unsafe { engine.give(start) }), false)
+    }
+
     unsafe fn free(&self, start: usize) {
         // SAFETY: the caller's contract.
         self.enter(|engine| unsafe { engine.free(start) });

@@ -35,8 +35,8 @@ unsafe impl Front for LockFree {
     const SHARED: bool = true;
 
     #[inline(always)]
-    fn take(&self, layout: Layout) -> (usize, usize) {
-        if self.slots.serves(layout) { self.slots.take_near(thread_number()) } else { (0, 0) }
+    fn take(&self, layout: Layout) -> ((usize, usize), bool) {
+        if self.slots.serves(layout) { self.slots.take_near(thread_number()) } else { ((0, 0), false) }
     }
 
     fn alloc(&self, layout: Layout) -> Option<Block> {
@@ -47,9 +47,19 @@ unsafe impl Front for LockFree {
     }
 
     #[inline(always)]
+    unsafe fn give(&self, start: usize) -> (bool, bool) {
+        // SAFETY: the caller's contract.
+        (unsafe { self.slots.give_near(start, thread_number()) }, false)
+    }
+
     unsafe fn free(&self, start: usize) {
         // SAFETY: the caller's contract.
         unsafe { self.slots.free_block(start, thread_number()) };
+    }
+
+    #[cold]
+    fn settle_slow(&self) {
+        self.slots.spill_near(thread_number());
     }
 
     #[inline]
@@ -94,7 +104,7 @@ unsafe impl Front for FixedFront {
     const SHARED: bool = true;
 
     #[inline(always)]
-    fn take(&self, layout: Layout) -> (usize, usize) {
+    fn take(&self, layout: Layout) -> ((usize, usize), bool) {
         match self {
             Self::Locked(front) => front.take(layout),
             Self::LockFree(front) => front.take(layout),
@@ -109,6 +119,16 @@ unsafe impl Front for FixedFront {
     }
 
     #[inline(always)]
+    unsafe fn give(&self, start: usize) -> (bool, bool) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match self {
+                Self::Locked(front) => front.give(start),
+                Self::LockFree(front) => front.give(start),
+            }
+        }
+    }
+
     unsafe fn free(&self, start: usize) {
         // SAFETY: the caller's contract.
         unsafe {
@@ -116,6 +136,14 @@ unsafe impl Front for FixedFront {
                 Self::Locked(front) => front.free(start),
                 Self::LockFree(front) => front.free(start),
             }
+        }
+    }
+
+    #[cold]
+    fn settle_slow(&self) {
+        match self {
+            Self::Locked(front) => front.settle_slow(),
+            Self::LockFree(front) => front.settle_slow(),
         }
     }
 

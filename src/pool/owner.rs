@@ -20,8 +20,13 @@ impl Owner {
         Self { thread: if everybody { 0 } else { token() } }
     }
 
+    /// Whether every thread may use the pool.
+    #[inline(always)]
+    pub(super) fn is_everybody(&self) -> bool {
+        self.thread == 0
+    }
+
     /// Whether the calling thread may use the pool.
-    #[inline]
     pub(crate) fn admits(&self) -> bool {
         self.thread == 0 || self.thread == token()
     }

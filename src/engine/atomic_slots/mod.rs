@@ -320,7 +320,8 @@ impl AtomicSlots {
 
     #[inline]
     fn stripe(&self, thread: usize) -> &Stripe {
-        &self.stripes[thread & self.stripe_mask]
+        // The second mask changes nothing and spares the check.
+        &self.stripes[thread & self.stripe_mask & (MAX_STRIPES - 1)]
     }
 
     /// A single block for the thread of that number; `None` when none is free.
@@ -335,19 +336,28 @@ impl AtomicSlots {
         self.search_slow(thread)
     }
 
-    /// Start and size of a block from the group that the thread was at last; a start of 0 where it has none.
+    /// Start and size of a block from the group that the thread was at last; a start of 0 where it has none. And
+    /// whether [`spill_near`](Self::spill_near) should follow.
     #[inline(always)]
-    pub(crate) fn take_near(&self, thread: usize) -> (usize, usize) {
+    pub(crate) fn take_near(&self, thread: usize) -> ((usize, usize), bool) {
         let group = self.stripe(thread).group.load(Ordering::Acquire);
         // SAFETY: as above.
-        let Some(group) = (unsafe { group.as_ref() }) else { return (0, 0) };
-        let Some((slot, _, word)) = group.take_lowest() else { return (0, 0) };
-        if word & COUNT_FULL != 0 {
-            self.spill_slow(group);
-        }
+        let Some(group) = (unsafe { group.as_ref() }) else { return ((0, 0), false) };
+        let Some((slot, _, word)) = group.take_lowest() else { return ((0, 0), false) };
         // Ours since the bit was cleared (invariants 1 and 3).
         let base = group.place.load(Ordering::Relaxed) & (ADDRESSES - 1);
-        (base + slot as usize * self.block, self.block)
+        ((base + slot as usize * self.block, self.block), word & COUNT_FULL != 0)
+    }
+
+    /// [`spill_slow`](Self::spill_slow) for the group that the thread is at. Should that be another one by now, the
+    /// next to allocate from the full one is asked again; there is room for as many allocations as before.
+    #[cold]
+    pub(crate) fn spill_near(&self, thread: usize) {
+        let group = self.stripe(thread).group.load(Ordering::Acquire);
+        // SAFETY: null or a group, which stays (invariant 2).
+        if let Some(group) = unsafe { group.as_ref() } {
+            self.spill_slow(group);
+        }
     }
 
     #[inline(always)]
@@ -442,33 +452,38 @@ impl AtomicSlots {
         seen.len.div_ceil(self.block).div_ceil(GROUP)
     }
 
-    /// Gives back a block, for the thread of that number; returns its size.
+    /// Gives back a block of the group that the thread of that number is at; `false` where it is in another, or is
+    /// a run, and nothing has changed then.
     ///
     /// # Safety
     /// `start` is the address of a live block of this engine.
     #[inline(always)]
-    pub(crate) unsafe fn free_block(&self, start: usize, thread: usize) -> usize {
-        let stripe = self.stripe(thread);
-        let mut at = stripe.group.load(Ordering::Acquire);
-        let mut found = None;
+    pub(crate) unsafe fn give_near(&self, start: usize, thread: usize) -> bool {
+        let group = self.stripe(thread).group.load(Ordering::Acquire);
         // SAFETY: null or a group, which stays (invariant 2).
-        if let Some(group) = unsafe { at.as_ref() } {
-            // 0, of this block's span, or of one that existed beside it, which then does not contain `start`.
-            let place = group.place.load(Ordering::Acquire);
-            let slot = self.slot_of(start.wrapping_sub(place & (ADDRESSES - 1)));
-            found = Some(slot).filter(|&slot| slot < place >> PLACE_COUNT_SHIFT);
+        let Some(group) = (unsafe { group.as_ref() }) else { return false };
+        // 0, of this block's span, or of one that existed beside it, which then does not contain `start`.
+        let place = group.place.load(Ordering::Acquire);
+        let slot = self.slot_of(start.wrapping_sub(place & (ADDRESSES - 1)));
+        if slot >= place >> PLACE_COUNT_SHIFT || group.head.load(Ordering::Relaxed) & (1 << slot) != 0 {
+            return false;
         }
-        let slot = match found {
-            Some(slot) => slot,
-            None => {
-                let (group, slot) =
-                    self.find_group(start).expect("freed an address that is not of this engine");
-                at = group;
-                stripe.group.store(group, Ordering::Release);
-                slot
-            }
-        };
-        // SAFETY: a group, as above.
+        group.give(1 << slot);
+        true
+    }
+
+    /// Gives back a block, for the thread of that number; returns its size.
+    ///
+    /// # Safety
+    /// `start` is the address of a live block of this engine.
+    pub(crate) unsafe fn free_block(&self, start: usize, thread: usize) -> usize {
+        // SAFETY: the caller's contract.
+        if unsafe { self.give_near(start, thread) } {
+            return self.block;
+        }
+        let (at, slot) = self.find_group(start).expect("freed an address that is not of this engine");
+        self.stripe(thread).group.store(at, Ordering::Release);
+        // SAFETY: a group, which stays (invariant 2).
         let group = unsafe { &*at };
         if group.head.load(Ordering::Relaxed) & (1 << slot) != 0 {
             return self.free_run_slow(start);

@@ -244,15 +244,24 @@ unsafe impl<H: Home> Engine for Slots<H> {
         (start, self.block)
     }
 
-    #[inline(always)]
     unsafe fn free(&mut self, start: usize) -> usize {
-        self.frees += 1;
-        if self.tails != 0 || !H::TOUCHES {
-            return self.free_slow(start);
+        // SAFETY: the caller's contract.
+        if unsafe { self.give(start) } {
+            return self.block;
         }
+        self.frees += 1;
+        self.free_slow(start)
+    }
+
+    #[inline(always)]
+    unsafe fn give(&mut self, start: usize) -> bool {
+        if self.tails != 0 || !H::TOUCHES {
+            return false;
+        }
+        self.frees += 1;
         // SAFETY: the caller vouches for a live block; without tails every block is a single slot.
         unsafe { self.push(start) };
-        self.block
+        true
     }
 
     fn fault(&self, start: usize) -> PointerFault {
