@@ -7,8 +7,8 @@ use std::ptr::NonNull;
 use std::time::Instant;
 
 use memory_pool::{
-    AnyPool, FixedPool, LocalFixedPool, LocalVariablePool, MemoryPool, OnFinding, PoolConfig, PoolManager,
-    Result, VariablePool,
+    AnyPool, CpuPool, FixedPool, LocalFixedPool, LocalVariablePool, LockFreeFixedPool, MemoryPool, OnFinding,
+    PoolConfig, PoolManager, Result, SyncType, VariablePool,
 };
 
 const ROUNDS: usize = 41;
@@ -38,7 +38,7 @@ macro_rules! pairs {
     ($pool:expr, $layout:expr) => {
         &mut |calls| {
             for _ in 0..calls {
-                let block = black_box($pool.allocate(black_box($layout)).unwrap()).cast::<u8>();
+                let block = black_box($pool.allocate(black_box($layout)).unwrap().cast::<u8>());
                 // SAFETY: live, freed once.
                 unsafe { $pool.deallocate(block) };
             }
@@ -92,14 +92,22 @@ fn statistics(layout: Layout) -> Result<()> {
 
 fn interface(layout: Layout) -> Result<()> {
     println!("\n{:<58} {:>8} {:>8}", "the interface, a pair", "itself", "dyn");
-    let fixed = FixedPool::new(PoolConfig::fixed_size_cpu(64))?;
-    let dynamic = black_box(&fixed as &dyn MemoryPool);
-    let [itself, through] = medians(20_000, [pairs!(fixed, layout), pairs!(dynamic, layout)]);
-    say("FixedPool", itself, through);
-    let variable = VariablePool::new(PoolConfig::default_cpu())?;
-    let dynamic = black_box(&variable as &dyn MemoryPool);
-    let [itself, through] = medians(20_000, [pairs!(variable, layout), pairs!(dynamic, layout)]);
-    say("VariablePool", itself, through);
+    macro_rules! row {
+        ($name:literal, $pool:expr) => {{
+            let pool = $pool;
+            let dynamic = black_box(&pool as &dyn MemoryPool);
+            let [itself, through] = medians(20_000, [pairs!(pool, layout), pairs!(dynamic, layout)]);
+            say($name, itself, through);
+        }};
+    }
+    let fixed = || PoolConfig::fixed_size_cpu(64);
+    row!("FixedPool", FixedPool::new(fixed())?);
+    row!("FixedPool, lock-free", FixedPool::new(fixed().sync_type(SyncType::LockFree))?);
+    row!("LockFreeFixedPool", LockFreeFixedPool::new(fixed())?);
+    row!("VariablePool", VariablePool::new(PoolConfig::default_cpu())?);
+    row!("CpuPool", CpuPool::new(PoolConfig::high_performance_cpu())?);
+    row!("AnyPool, fixed", AnyPool::new(fixed())?);
+    row!("AnyPool, size class", AnyPool::new(PoolConfig::high_performance_cpu())?);
     Ok(())
 }
 
@@ -165,8 +173,16 @@ fn debugging(layout: Layout) -> Result<()> {
 
 fn main() -> Result<()> {
     let layout = Layout::new::<[u8; 64]>();
-    statistics(layout)?;
-    interface(layout)?;
-    look_ups()?;
-    debugging(layout)
+    // `cargo bench --bench observe interface` runs that part alone.
+    let wanted = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let parts: [(&str, &dyn Fn() -> Result<()>); 4] = [
+        ("statistics", &|| statistics(layout)),
+        ("interface", &|| interface(layout)),
+        ("look-ups", &look_ups),
+        ("debugging", &|| debugging(layout)),
+    ];
+    parts
+        .into_iter()
+        .filter(|(name, _)| wanted.as_deref().is_none_or(|wanted| wanted == *name))
+        .try_for_each(|(_, part)| part())
 }
