@@ -54,8 +54,28 @@ unsafe impl Reach for HostReach {
 
     #[inline]
     unsafe fn fill(&self, at: usize, len: usize, byte: u8) {
+        /// Two pieces that overlap: no loop, and no call.
+        ///
+        /// # Safety
+        /// `N <= len <= 2 * N` bytes at `at` are the caller's.
+        #[inline(always)]
+        unsafe fn ends<const N: usize>(at: *mut u8, len: usize, byte: u8) {
+            // SAFETY: both pieces lie in the caller's bytes; arrays of bytes have no alignment.
+            unsafe {
+                at.cast::<[u8; N]>().write([byte; N]);
+                at.add(len - N).cast::<[u8; N]>().write([byte; N]);
+            }
+        }
+        let at = at as *mut u8;
         // SAFETY: the caller's contract.
-        unsafe { (at as *mut u8).write_bytes(byte, len) }
+        unsafe {
+            match len {
+                16..=32 => ends::<16>(at, len, byte),
+                33..=64 => ends::<32>(at, len, byte),
+                65..=128 => ends::<64>(at, len, byte),
+                _ => at.write_bytes(byte, len),
+            }
+        }
     }
 
     #[inline]
@@ -69,15 +89,26 @@ unsafe impl Reach for HostReach {
         // SAFETY: the caller's contract. A program that still writes there has the error we look for; for the
         // compiler nobody does.
         let bytes = unsafe { core::slice::from_raw_parts(at as *const u8, len) };
-        let wide = u64::from_ne_bytes([byte; 8]);
-        let (chunks, rest) = bytes.as_chunks::<64>();
-        // Compares 64 bytes at a time without a branch inside, which vectorises.
-        let clean = |chunk: &[u8; 64]| {
-            let words = chunk.as_chunks::<8>().0.iter();
-            words.fold(0, |wrong, word| wrong | (u64::from_ne_bytes(*word) ^ wide)) == 0
-        };
-        chunks.iter().all(clean) && rest.iter().all(|&found| found == byte)
+        // The last chunk may overlap the one before, so that no bytes are left over.
+        if let (chunks, Some(last)) = (bytes.as_chunks::<64>().0, bytes.last_chunk::<64>()) {
+            return chunks.iter().all(|chunk| clean(chunk, byte)) && clean(last, byte);
+        }
+        match (bytes.first_chunk::<16>(), bytes.last_chunk::<16>()) {
+            (Some(first), Some(last)) if len <= 32 => clean(first, byte) && clean(last, byte),
+            (Some(_), Some(last)) => {
+                bytes.as_chunks::<16>().0.iter().all(|chunk| clean(chunk, byte)) && clean(last, byte)
+            }
+            _ => bytes.iter().all(|&found| found == byte),
+        }
     }
+}
+
+/// Whether all of a chunk is `byte`, without a branch inside, which vectorises.
+#[inline(always)]
+fn clean<const N: usize>(chunk: &[u8; N], byte: u8) -> bool {
+    let wide = u64::from_ne_bytes([byte; 8]);
+    let words = chunk.as_chunks::<8>().0.iter();
+    words.fold(0, |wrong, word| wrong | (u64::from_ne_bytes(*word) ^ wide)) == 0
 }
 
 /// Damaged bytes among `len` at `at` that should all be `byte`: the first one's address and their number.
@@ -127,14 +158,17 @@ mod tests {
     #[test]
     fn one_wrong_byte_is_seen_wherever_it_is() {
         let mut memory = vec![0u8; 10_000];
-        for len in [0, 1, 7, 8, 63, 64, 65, 200, 4096, 9000] {
-            for start in [0, 1, 5] {
+        for len in [0, 1, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 4096, 9000] {
+            for start in [1, 2, 5] {
                 let at = memory.as_mut_ptr() as usize + start;
                 // SAFETY: within `memory`, which nothing else uses meanwhile.
                 unsafe {
                     HostReach.fill(at, len, FREED);
                     assert!(HostReach.holds(at, len, FREED) && ByCopy.holds(at, len, FREED));
-                    for wrong in [0, len / 2, len.saturating_sub(1)] {
+                    let around = [at.wrapping_sub(1), at + len].map(|place| *(place as *const u8));
+                    HostReach.fill(at, len, FREED);
+                    assert_eq!(around, [at.wrapping_sub(1), at + len].map(|place| *(place as *const u8)));
+                    for wrong in [0, len / 3, len / 2, len.saturating_sub(16), len.saturating_sub(1)] {
                         if wrong < len {
                             ((at + wrong) as *mut u8).write(1);
                             assert!(!HostReach.holds(at, len, FREED) && !ByCopy.holds(at, len, FREED));

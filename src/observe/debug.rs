@@ -97,7 +97,7 @@ impl Books {
     /// The engine may reuse the block from now on; returns its inner address.
     #[inline]
     fn let_go(&mut self, id: Id) -> usize {
-        let Record { inner, inner_size, .. } = self.records[id];
+        let &Record { inner, inner_size, .. } = &self.records[id];
         self.held_bytes -= inner_size;
         self.records.set_state(id, State::Gone);
         if self.records.count(State::Gone) > GONE_KEPT
@@ -381,14 +381,14 @@ unsafe impl<R: Reach> Observer for DebugLayer<R> {
         let mut released = None;
         match books.records.find(outer) {
             Some(id) if books.records[id].state == State::Live => {
-                let record = books.records[id];
-                let fits =
-                    layout.is_none_or(|given| (given.size(), given.align()) == (record.size, record.align));
-                if !fits || !self.intact(&record) {
+                let record = &books.records[id];
+                let size = record.size;
+                let fits = layout.is_none_or(|given| (given.size(), given.align()) == (size, record.align));
+                if !fits || !self.intact(record) {
                     self.inspect(&mut books, id, layout, Some(mark), &mut found);
                 }
                 self.hold(&mut books, id, mark);
-                books.history.push(mark, OperationKind::Free, outer, record.size);
+                books.history.push(mark, OperationKind::Free, outer, size);
                 if found.is_empty() {
                     released = self.release(&mut books, false, &mut found);
                 }

@@ -286,7 +286,7 @@ impl Records {
 
     #[inline]
     fn unlink(&mut self, id: Id) {
-        let Record { previous, next, state, .. } = self[id];
+        let &Record { previous, next, state, .. } = &self[id];
         let list = &mut self.lists[state as usize];
         list.len -= 1;
         if previous == NONE {
