@@ -10,6 +10,7 @@ use memory_pool::{
     LockFreeFixedPool, Managed, ManagedPool, MemoryPool, OnFinding, PersistentConfig, PersistentPool,
     PinnedPool, PoolBox, PoolConfig, PoolManager, Result, SimConfig, Strategy, SyncType, VariablePool,
     base::error::{PointerFault, Refusal},
+    source::slice::Slice,
 };
 
 fn refusal(error: Error) -> Refusal {
@@ -258,6 +259,43 @@ fn totals_count_a_pool_with_two_names_once() -> Result<()> {
         fixed.deallocate(other.cast());
     }
     manager.reset_all_pools()
+}
+
+#[test]
+fn totals_count_memory_of_a_pool_inside_another_once() -> Result<()> {
+    // The inner pool's name before and after the outer's: the order must not matter.
+    for inner in ["a", "z"] {
+        let manager = PoolManager::new();
+        let outer = manager.create_cpu_pool("outer", PoolConfig::default_cpu().initial_size(1 << 20))?;
+        let apart = manager.create_cpu_pool("apart", PoolConfig::fixed_size_cpu(64).initial_size(1 << 16))?;
+        let arena = outer.allocate(Layout::from_size_align(1 << 18, 64)?)?;
+        // SAFETY: the block is live until the end, and nobody else uses it.
+        let memory = unsafe { std::slice::from_raw_parts_mut(arena.as_ptr().cast(), 1 << 18) };
+        let tiles = FixedPool::with_source(
+            PoolConfig::fixed_size_cpu(1024).initial_size(1 << 17),
+            Slice::new(memory),
+        )?;
+        let tiles = manager.register(inner, tiles)?;
+        let tile = tiles.allocate(Layout::new::<[u8; 1024]>())?;
+        let stats = manager.all_stats();
+        assert_eq!(stats.pools.len(), 3);
+        let (outside, inside) = (outer.stats(), tiles.stats());
+        assert!(inside.reserved >= 1 << 17);
+        assert_eq!(stats.total.reserved, outside.reserved + apart.stats().reserved);
+        assert_eq!(stats.total.committed, stats.total.reserved);
+        // Live is what is not free in any of them, nor lost to the inner pool's books.
+        let live = outside.current_allocated - inside.reserved + inside.current_allocated;
+        assert_eq!(stats.total.current_allocated, live);
+        assert_eq!(stats.total.free, outside.free + inside.free + apart.stats().free);
+        assert_eq!(stats.total.active_count(), 2);
+        // SAFETY: live, freed once.
+        unsafe { tiles.deallocate(tile.cast()) };
+        manager.destroy_pool(inner)?;
+        assert_eq!(manager.all_stats().total.reserved, outside.reserved + apart.stats().reserved);
+        // SAFETY: as above; the inner pool has given its memory back.
+        unsafe { outer.deallocate(arena.cast()) };
+    }
+    Ok(())
 }
 
 #[test]

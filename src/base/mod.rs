@@ -17,4 +17,5 @@ pub mod stack;
 pub mod stats;
 pub(crate) mod sync;
 pub mod text;
+pub(crate) mod tracking;
 pub mod transfer;

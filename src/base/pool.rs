@@ -197,6 +197,12 @@ pub trait MemoryPool: Send + Sync {
     /// What the pool was made with.
     fn config(&self) -> &PoolConfig;
 
+    /// An address in the pool's memory, where it has any and knows one. By it a manager finds out that a pool
+    /// divides memory of another.
+    fn anchor(&self) -> Option<NonNull<u8>> {
+        None
+    }
+
     /// Gives all memory back for good, so that every later allocation is refused; an error while anything is
     /// live. Pools that cannot refuse are emptied and trimmed.
     fn close(&self) -> Result<()> {

@@ -97,6 +97,20 @@ impl MemoryStats {
         };
     }
 
+    /// Takes out of a sum, in which it is already, what a pool got from another pool of the sum.
+    pub(crate) fn enclose(&mut self, inner: &Self) {
+        for (sum, part) in [
+            (&mut self.reserved, inner.reserved),
+            (&mut self.peak_reserved, inner.peak_reserved),
+            (&mut self.committed, inner.committed),
+            (&mut self.peak_committed, inner.peak_committed),
+            (&mut self.current_allocated, inner.reserved),
+            (&mut self.peak_allocated, inner.peak_reserved),
+        ] {
+            *sum = sum.saturating_sub(part);
+        }
+    }
+
     /// Blocks live now.
     pub fn active_count(&self) -> u64 {
         self.allocation_count.saturating_sub(self.deallocation_count)

@@ -98,7 +98,6 @@ pub(super) struct Core {
     pub(super) reserved: usize,
     /// Bytes that are being taken just now.
     pub(super) growing: usize,
-    pub(super) tracking: bool,
     /// One zone for everything: pools with blocks of one size, and pools too small to be divided.
     single_zone: bool,
     /// The range of the large zone behind each segment of a small one, by address.
@@ -120,7 +119,6 @@ impl Core {
             live: 0,
             reserved: 0,
             growing: 0,
-            tracking: config.track_stats,
             single_zone: fixed || config.max_size < MIN_ZONED,
             parents: HashMap::new(),
             nested: 0,
@@ -213,10 +211,8 @@ impl Core {
         let counters = &mut self.counters;
         counters.peak = counters.peak.max(self.live);
         counters.allocations += 1;
-        if self.tracking {
-            counters.total += len as u64;
-            counters.histogram[MemoryStats::bucket(ask.bytes)] += 1;
-        }
+        counters.total += len as u64;
+        counters.histogram[MemoryStats::bucket(ask.bytes)] += 1;
         Placed { ticket: Ticket::new(zone, node), start, len }
     }
 

@@ -10,20 +10,28 @@ use crate::base::stats::{Bytes, HISTOGRAM_BUCKETS, MemoryStats};
 
 /// Requests of one thread, for pools that count them. Written by that thread only, except for the peak.
 pub(crate) struct Requests {
-    allocs: AtomicU64,
+    /// Blocks handed out, by class.
+    classes: [AtomicU64; COUNT],
+    /// Blocks handed out that have no class, by size.
+    sizes: [AtomicU64; HISTOGRAM_BUCKETS],
     frees: AtomicU64,
     alloc_bytes: AtomicU64,
     free_bytes: AtomicU64,
     failed: AtomicU64,
     /// Most bytes that this thread allocated more than it freed.
     peak: AtomicU64,
-    sizes: [AtomicU64; HISTOGRAM_BUCKETS],
 }
 
 impl Requests {
     #[inline]
-    pub(crate) fn on_alloc(&self, size: usize) {
-        bump(&self.allocs, 1);
+    pub(crate) fn on_alloc(&self, class: Option<usize>, size: usize) {
+        let count = match class {
+            Some(class) => self.classes.get(class),
+            None => self.sizes.get(MemoryStats::bucket(size)),
+        };
+        if let Some(count) = count {
+            bump(count, 1);
+        }
         bump(&self.alloc_bytes, size as u64);
         let live = self.live_bytes();
         if live > self.peak.load(Ordering::Relaxed) as i64 {
@@ -31,10 +39,14 @@ impl Requests {
         }
     }
 
-    /// What is counted beside, when tracking is on.
-    #[inline]
-    pub(crate) fn on_size(&self, asked: usize) {
-        bump(&self.sizes[MemoryStats::bucket(asked)], 1);
+    /// Blocks handed out, by size.
+    fn histogram(&self) -> [u64; HISTOGRAM_BUCKETS] {
+        let mut buckets: [u64; HISTOGRAM_BUCKETS] =
+            core::array::from_fn(|bucket| self.sizes[bucket].load(Ordering::Relaxed));
+        for (class, count) in self.classes.iter().enumerate() {
+            buckets[MemoryStats::bucket(class::size(class))] += count.load(Ordering::Relaxed);
+        }
+        buckets
     }
 
     #[inline]
@@ -182,7 +194,7 @@ impl Hub {
     pub(crate) fn live_count(&self) -> usize {
         let (mut allocs, mut frees) = (0u64, 0u64);
         self.each_heap(|heap| {
-            allocs += heap.requests.allocs.load(Ordering::Relaxed);
+            allocs += heap.requests.histogram().iter().sum::<u64>();
             frees += heap.requests.frees.load(Ordering::Relaxed);
         });
         allocs.saturating_sub(frees) as usize
@@ -209,14 +221,15 @@ impl Hub {
         let (mut alloc_bytes, mut free_bytes, mut peak) = (0u64, 0u64, 0usize);
         self.each_heap(|heap| {
             let requests = &heap.requests;
-            stats.allocation_count += requests.allocs.load(Ordering::Relaxed);
+            let histogram = requests.histogram();
+            stats.allocation_count += histogram.iter().sum::<u64>();
             stats.deallocation_count += requests.frees.load(Ordering::Relaxed);
             stats.failed_count += requests.failed.load(Ordering::Relaxed);
             alloc_bytes = alloc_bytes.wrapping_add(requests.alloc_bytes.load(Ordering::Relaxed));
             free_bytes = free_bytes.wrapping_add(requests.free_bytes.load(Ordering::Relaxed));
             peak += requests.peak.load(Ordering::Relaxed) as usize;
-            for (sum, count) in stats.size_histogram.iter_mut().zip(&requests.sizes) {
-                *sum += count.load(Ordering::Relaxed);
+            for (sum, count) in stats.size_histogram.iter_mut().zip(histogram) {
+                *sum += count;
             }
         });
         stats.peak_allocated = peak;

@@ -37,8 +37,9 @@ pub struct PoolSummary {
 pub struct ManagerStats {
     /// Each name, in alphabetical order.
     pub pools: Vec<PoolSummary>,
-    /// All pools together. A pool with two names counts once. The peaks are sums of the pools' peaks, which
-    /// may have been at different times.
+    /// All pools together. A pool with two names counts once, and memory that a pool got from another one here
+    /// is that pool's: of it counts as live what is live in the inner pool. Requests add up, whoever made them.
+    /// The peaks are sums of the pools' peaks, which may have been at different times.
     pub total: MemoryStats,
 }
 
@@ -46,17 +47,24 @@ impl ManagerStats {
     pub(super) fn gather<'a>(entries: impl Iterator<Item = (&'a str, &'a dyn MemoryPool)>) -> Self {
         let mut pools = Vec::new();
         let mut total = MemoryStats::default();
-        let mut counted = Vec::new();
-        for (name, pool) in entries {
+        let (mut counted, mut enclosed) = (Vec::new(), Vec::new());
+        let entries: Vec<_> = entries.collect();
+        // Handles on one pool show one and the same configuration.
+        let identity = |pool: &dyn MemoryPool| core::ptr::from_ref(pool.config());
+        for &(name, pool) in &entries {
             let stats = pool.stats();
-            // Handles on one pool show one and the same configuration.
-            let identity = core::ptr::from_ref(pool.config());
-            if !counted.contains(&identity) {
-                counted.push(identity);
+            if !counted.contains(&identity(pool)) {
+                counted.push(identity(pool));
                 total.add(&stats);
+                let mut others = entries.iter().filter(|(_, other)| identity(*other) != identity(pool));
+                if pool.anchor().is_some_and(|place| others.any(|(_, other)| other.owns(place))) {
+                    enclosed.push(pools.len());
+                }
             }
             pools.push(PoolSummary { name: name.into(), memory_type: pool.memory_type(), stats });
         }
+        // Now that what encloses them is counted.
+        enclosed.into_iter().for_each(|inner: usize| total.enclose(&pools[inner].stats));
         Self { pools, total }
     }
 }

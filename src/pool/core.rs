@@ -18,17 +18,17 @@
 use core::alloc::Layout;
 use core::fmt;
 use core::ptr::{self, NonNull};
-use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::front::Front;
 use super::large::{LargeBlocks, PAGE};
 use super::owner::Owner;
-use super::tracking::Tracking;
 use crate::base::config::{MAX_ALIGNMENT, PoolConfig};
 use crate::base::error::{Error, OomReason, PointerFault, Refusal, Result};
 use crate::base::host::{Resized, dangling};
 use crate::base::pool::{ActiveAllocation, AllocFlags, refuse_device_flags};
 use crate::base::sync::Lock;
+use crate::base::tracking::Tracking;
 use crate::engine::{Block, Broken};
 use crate::observe::Observer;
 use crate::source::{Region, Source};
@@ -46,6 +46,8 @@ pub struct Core<F: Front, S: Source, O: Observer> {
     pub(super) reserved: AtomicUsize,
     pub(super) peak_reserved: AtomicUsize,
     pub(super) source_calls: AtomicU64,
+    /// Start of the region that was reserved last, unless it was given back.
+    pub(super) region: AtomicUsize,
     /// Whether the pool may not grow any more. Only set while the growth ticket is held.
     pub(super) closed: AtomicBool,
     pub(super) failed: AtomicU64,
@@ -90,6 +92,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             reserved: AtomicUsize::new(0),
             peak_reserved: AtomicUsize::new(0),
             source_calls: AtomicU64::new(0),
+            region: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
             failed: AtomicU64::new(0),
             tracking: Tracking::new(config.track_stats),
@@ -369,6 +372,11 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
             live.push(ActiveAllocation::new(base.as_ptr() as usize, len));
         }
         live
+    }
+
+    /// An address in the pool's memory.
+    pub(super) fn anchor(&self) -> Option<NonNull<u8>> {
+        NonNull::new(ptr::without_provenance_mut(self.region.load(Ordering::Relaxed)))
     }
 
     /// Blocks that the user holds.

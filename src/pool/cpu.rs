@@ -21,6 +21,7 @@ use crate::base::error::{Error, OomReason, Refusal, Result};
 use crate::base::host::{HostPool, Resized, dangling};
 use crate::base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType, refuse_device_flags};
 use crate::base::stats::MemoryStats;
+use crate::base::tracking::{Counts, Tracking};
 use crate::engine::Broken;
 use crate::heap::{self, Hub, ThreadHeap};
 
@@ -45,7 +46,7 @@ struct Inner {
     number: u64,
     name: Box<str>,
     config: PoolConfig,
-    tracking: AtomicBool,
+    tracking: Tracking,
     /// The only thread that may use the pool, where there is only one.
     bound_to: Option<ThreadId>,
     closed: AtomicBool,
@@ -134,7 +135,7 @@ impl CpuPool {
             hub: Hub::new(config.max_size),
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             name: name.into(),
-            tracking: AtomicBool::new(config.track_stats),
+            tracking: Tracking::new(config.track_stats),
             bound_to: (!config.thread_safe).then(|| thread::current().id()),
             closed: AtomicBool::new(false),
             guarded: AtomicBool::new(!config.thread_safe),
@@ -212,7 +213,6 @@ impl CpuPool {
             self.open()?;
         }
         let class = self.class(layout);
-        let tracking = self.0.tracking.load(Ordering::Relaxed);
         let block = self.with(|heap| {
             let (block, clean) = match class {
                 Some(class) => (heap.alloc(class), false),
@@ -227,10 +227,7 @@ impl CpuPool {
                 // SAFETY: a block just handed out.
                 None => unsafe { heap::usable_size(block.as_ptr()) },
             };
-            heap.requests.on_alloc(size);
-            if tracking {
-                heap.requests.on_size(layout.size());
-            }
+            heap.requests.on_alloc(class, size);
             if zeroed && !clean {
                 // SAFETY: a fresh block of that size.
                 unsafe { block.write_bytes(0, size) };
@@ -358,6 +355,7 @@ impl CpuPool {
     /// What the pool did and holds.
     pub fn stats(&self) -> MemoryStats {
         let mut stats = self.0.hub.memory_stats();
+        self.0.tracking.show(&mut stats);
         stats.peak_reserved = stats.reserved;
         stats.peak_committed = stats.committed;
         stats.largest_free = stats.free;
@@ -369,14 +367,14 @@ impl CpuPool {
         self.0.hub.reset_peak();
     }
 
-    /// Switches the histogram of sizes on or off; blocks and bytes are always counted.
+    /// Switches the counting of requests on or off.
     pub fn set_tracking(&self, on: bool) {
-        self.0.tracking.store(on, Ordering::Relaxed);
+        self.0.tracking.switch(on, Counts::of(&self.0.hub.memory_stats()));
     }
 
-    /// Whether sizes are counted.
+    /// Whether requests are counted.
     pub fn is_tracking(&self) -> bool {
-        self.0.tracking.load(Ordering::Relaxed)
+        self.0.tracking.is_on()
     }
 
     /// The live blocks of this thread and of threads that ended. Those of other threads cannot be listed

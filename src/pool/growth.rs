@@ -145,6 +145,7 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
         match self.source.reserve(whole, align) {
             Ok(region) => {
                 self.observer.on_grow(charge);
+                self.region.store(region.start(), Ordering::Relaxed);
                 Ok(Span { start: region.base.expose_provenance().get(), len, zeroed: region.zeroed })
             }
             Err(error) => {
@@ -178,6 +179,8 @@ impl<F: Front, S: Source, O: Observer> Core<F, S, O> {
     /// Gives a region back and uncounts it.
     pub(super) fn release(&self, region: Region, charge: usize) {
         self.source_calls.fetch_add(1, Ordering::Relaxed);
+        // Another pool may have it as soon as it is given back.
+        let _ = self.region.compare_exchange(region.start(), 0, Ordering::Relaxed, Ordering::Relaxed);
         // SAFETY: a region of ours with nothing in use: the engine gave it back, or its block was freed.
         unsafe { self.source.release(region) };
         self.reserved.fetch_sub(charge, Ordering::Relaxed);

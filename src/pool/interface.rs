@@ -82,6 +82,8 @@ pub unsafe trait Host: fmt::Debug {
     fn set_oom_callback(&self, callback: Option<std::sync::Arc<OomCallback>>);
     /// Walks all invariants.
     fn check(&self) -> Result<()>;
+    /// An address in the pool's memory.
+    fn anchor(&self) -> Option<NonNull<u8>>;
     /// Empties the pool for good, if nothing is live.
     fn close(&self) -> Result<()>;
     /// What watches the pool.
@@ -176,6 +178,9 @@ unsafe impl<F: Front, S: Source, O: Observer> Host for Core<F, S, O> {
     }
     fn check(&self) -> Result<()> {
         self.check()
+    }
+    fn anchor(&self) -> Option<NonNull<u8>> {
+        self.anchor()
     }
     fn close(&self) -> Result<()> {
         self.close()
@@ -476,6 +481,9 @@ macro_rules! shared {
             }
             fn config(&self) -> &PoolConfig {
                 self.0.config()
+            }
+            fn anchor(&self) -> Option<NonNull<u8>> {
+                self.0.anchor()
             }
             fn close(&self) -> Result<()> {
                 self.0.close()

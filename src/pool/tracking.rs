@@ -1,83 +1,14 @@
-//! Statistics, derived: engines count what they do in any case, so counting costs a request nothing, and
-//! switching it off only hides what was done meanwhile.
+//! Statistics, derived: engines count what they do in any case, so counting costs a request nothing.
 
 use core::sync::atomic::Ordering;
 
 use super::core::Core;
 use super::front::Front;
 use crate::base::stats::{HISTOGRAM_BUCKETS, MemoryStats};
-use crate::base::sync::Lock;
+use crate::base::tracking::Counts;
 use crate::engine::{Engine, Totals};
 use crate::observe::Observer;
 use crate::source::Source;
-
-/// What requests added up to at one moment.
-#[derive(Clone, Copy, Debug, Default)]
-struct Counts {
-    allocs: u64,
-    frees: u64,
-    bytes: u64,
-    sizes: [u64; HISTOGRAM_BUCKETS],
-}
-
-impl Counts {
-    fn combine(mut self, other: &Self, with: impl Fn(u64, u64) -> u64) -> Self {
-        self.allocs = with(self.allocs, other.allocs);
-        self.frees = with(self.frees, other.frees);
-        self.bytes = with(self.bytes, other.bytes);
-        self.sizes.iter_mut().zip(&other.sizes).for_each(|(mine, theirs)| *mine = with(*mine, *theirs));
-        self
-    }
-
-    fn minus(self, other: &Self) -> Self {
-        self.combine(other, u64::saturating_sub)
-    }
-
-    fn plus(self, other: &Self) -> Self {
-        self.combine(other, u64::wrapping_add)
-    }
-}
-
-#[derive(Debug, Default)]
-struct State {
-    /// What was done while switched off.
-    hidden: Counts,
-    /// Where the counts stood when it was last switched off; `None` while it is on.
-    off_since: Option<Counts>,
-}
-
-/// Whether requests are counted, and what is not to be shown.
-#[derive(Debug)]
-pub(super) struct Tracking(Lock<State>);
-
-impl Tracking {
-    pub(super) fn new(on: bool) -> Self {
-        let off_since = if on { None } else { Some(Counts::default()) };
-        Self(Lock::new(State { hidden: Counts::default(), off_since }))
-    }
-
-    pub(super) fn is_on(&self) -> bool {
-        self.0.lock().off_since.is_none()
-    }
-
-    fn switch(&self, on: bool, now: Counts) {
-        let mut state = self.0.lock();
-        match (on, state.off_since) {
-            (true, Some(since)) => {
-                state.hidden = state.hidden.plus(&now.minus(&since));
-                state.off_since = None;
-            }
-            (false, None) => state.off_since = Some(now),
-            _ => {}
-        }
-    }
-
-    /// Of what was done up to `now`, what was done while switched on.
-    fn shown(&self, now: Counts) -> Counts {
-        let state = self.0.lock();
-        state.off_since.unwrap_or(now).minus(&state.hidden)
-    }
-}
 
 fn engine_counts(engine: &dyn Engine) -> (Counts, Totals) {
     let totals = engine.totals();

@@ -276,6 +276,11 @@ unsafe impl<O: Observer> Host for Wrapped<O> {
         self.pool.check().map_err(corrupt)
     }
 
+    /// Its memory is the system's always.
+    fn anchor(&self) -> Option<NonNull<u8>> {
+        None
+    }
+
     fn close(&self) -> Result<()> {
         self.evict(true);
         self.pool.close()

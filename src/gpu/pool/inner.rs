@@ -21,6 +21,7 @@ use crate::base::config::PoolConfig;
 use crate::base::error::{Error, OomReason, Refusal, Result};
 use crate::base::pool::{AllocFlags, MemoryType};
 use crate::base::sync::Lock;
+use crate::base::tracking::Tracking;
 
 /// Asked when memory is short, outside all locks; `true` means that something was freed.
 pub(super) type OomCallback = dyn Fn(Layout) -> bool + Send + Sync;
@@ -41,6 +42,7 @@ pub(in crate::gpu) struct Inner {
     pub(super) limit: AtomicUsize,
     pub(super) stream: Lock<Stream>,
     pub(super) callback: Lock<Option<Arc<OomCallback>>>,
+    pub(super) tracking: Tracking,
     /// Set where somebody watches the pool's blocks.
     pub(super) watch: Option<Box<Watch>>,
 }
@@ -66,6 +68,7 @@ impl Inner {
             limit: AtomicUsize::new(config.max_size),
             stream: Lock::new(device.default_stream()),
             callback: Lock::default(),
+            tracking: Tracking::new(config.track_stats),
             watch: Watch::new(device, name, &config, memory_type)?,
             config,
         });

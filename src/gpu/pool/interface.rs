@@ -10,6 +10,7 @@ use crate::base::error::{Error, Refusal, Result};
 use crate::base::host::{HostPool, Resized, dangling};
 use crate::base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
 use crate::base::stats::MemoryStats;
+use crate::base::tracking::Counts;
 use crate::gpu::kind::{HostAccessible, MemoryKind};
 use crate::gpu::stream::Stream;
 
@@ -157,12 +158,12 @@ impl<K: MemoryKind> GpuPool<K> {
 
     /// Switches the counting of requests on or off.
     pub fn set_tracking(&self, on: bool) {
-        self.inner.core.lock().tracking = on;
+        self.inner.tracking.switch(on, Counts::of(&self.inner.core.lock().stats()));
     }
 
     /// Whether requests are counted.
     pub fn is_tracking(&self) -> bool {
-        self.inner.core.lock().tracking
+        self.inner.tracking.is_on()
     }
 
     /// The live blocks, in no particular order.

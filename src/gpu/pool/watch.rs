@@ -429,6 +429,7 @@ impl Inner {
 
     pub(super) fn stats(&self) -> MemoryStats {
         let mut stats = self.core.lock().stats();
+        self.tracking.show(&mut stats);
         let layer = self.watch.as_ref().and_then(|watch| watch.layer.as_ref());
         if let Some(layer) = layer {
             stats.latency = layer.latency();
