@@ -184,9 +184,9 @@ unsafe impl GlobalAlloc for GlobalPool {
     unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
         // SAFETY: the caller's contract: a live block of this layout, whose class is that of the layout.
         unsafe {
-            match heap::of_layout(layout.size(), layout.align()) {
+            match heap::of_small(layout.size(), layout.align()) {
                 Some(class) => process::free(class, ptr),
-                None => process::free_unsized(ptr),
+                None => dealloc_other(ptr, layout),
             }
         }
     }
@@ -199,7 +199,7 @@ unsafe impl GlobalAlloc for GlobalPool {
     #[inline]
     unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
         let (old_class, new_class) =
-            (heap::of_layout(layout.size(), layout.align()), heap::of_layout(new_size, layout.align()));
+            (heap::of_small(layout.size(), layout.align()), heap::of_small(new_size, layout.align()));
         if old_class.is_some() && old_class == new_class {
             return ptr;
         }
@@ -209,16 +209,32 @@ unsafe impl GlobalAlloc for GlobalPool {
 }
 
 /// # Safety
+/// As for `GlobalAlloc::dealloc`.
+#[inline(never)]
+unsafe fn dealloc_other(ptr: *mut u8, layout: Layout) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match heap::of_layout(layout.size(), layout.align()) {
+            Some(class) => process::free(class, ptr),
+            None => process::free_big(ptr),
+        }
+    }
+}
+
+/// # Safety
 /// As for `GlobalAlloc::realloc`.
 #[inline(never)]
 unsafe fn realloc_slow(pool: &GlobalPool, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
     // SAFETY: the caller's contract; the new block holds what is copied.
     unsafe {
-        if heap::of_layout(layout.size(), layout.align()).is_none()
-            && heap::of_layout(new_size, layout.align()).is_none()
-            && let Some((block, _)) = heap::resize_big(ptr, new_size, true)
-        {
-            return block;
+        match (heap::of_layout(layout.size(), layout.align()), heap::of_layout(new_size, layout.align())) {
+            (Some(old), Some(new)) if old == new => return ptr,
+            (None, None) => {
+                if let Some((block, _)) = heap::resize_big(ptr, new_size, true) {
+                    return block;
+                }
+            }
+            _ => {}
         }
         let block = pool.alloc(Layout::from_size_align_unchecked(new_size, layout.align()));
         if !block.is_null() {
@@ -231,6 +247,15 @@ unsafe fn realloc_slow(pool: &GlobalPool, ptr: *mut u8, layout: Layout, new_size
 
 #[inline(always)]
 fn obtain(layout: Layout, asker: Asker<'_>) -> *mut u8 {
+    match heap::of_small(layout.size(), layout.align()) {
+        Some(class) => process::alloc(class, asker),
+        None => obtain_other(layout, asker),
+    }
+}
+
+/// Larger blocks and unusual alignments: apart, so that the path of the small ones is short.
+#[inline(never)]
+fn obtain_other(layout: Layout, asker: Asker<'_>) -> *mut u8 {
     match heap::of_layout(layout.size(), layout.align()) {
         Some(class) => process::alloc(class, asker),
         None => process::alloc_big(layout.size(), layout.align(), asker).0,

@@ -103,6 +103,22 @@ pub(crate) mod process {
         }
     }
 
+    /// Frees a block larger than any class, or aligned more than blocks are.
+    ///
+    /// # Safety
+    /// `block` is such a live block of the process heap.
+    #[cold]
+    #[inline(never)]
+    pub(crate) unsafe fn free_big(block: *mut u8) {
+        // SAFETY: a live block has books before it.
+        let segment = unsafe { &*segment_of(block) };
+        match (large::Large::at(segment), bound()) {
+            (Some(large), _) => large::free(large),
+            (None, Some(heap)) => heap.free_single(segment, block),
+            (None, None) => post_one(segment, block),
+        }
+    }
+
     /// Frees a block of which nothing is known. The registry is asked before anything is read: C programs free
     /// addresses where nothing is mapped.
     ///

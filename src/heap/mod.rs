@@ -45,7 +45,7 @@ mod tests;
 mod thread;
 
 pub(crate) use bind::{prepare as prepare_process, process};
-pub(crate) use class::{MAX as CLASS_MAX, MIN_ALIGN, of_layout, size as class_size};
+pub(crate) use class::{MAX as CLASS_MAX, MIN_ALIGN, of_layout, of_small, size as class_size};
 pub(crate) use hub::Hub;
 use registry::Unit;
 pub(crate) use thread::ThreadHeap;

@@ -31,8 +31,11 @@ pub(crate) type Slot = AtomicPtr<u8>;
 #[repr(C)]
 pub(crate) struct Front {
     tops: [AtomicPtr<Slot>; COUNT],
-    limits: [AtomicPtr<Slot>; COUNT],
+    limits: [Cell<*const Slot>; COUNT],
 }
+
+// SAFETY: the tops are atomic, and the limits are set before a front is shared and never after.
+unsafe impl Sync for Front {}
 
 /// Two empty slots: the stack of a thread that has no heap is empty and full at once.
 static NO_SLOTS: [Slot; 2] = [const { AtomicPtr::new(ptr::null_mut()) }; 2];
@@ -44,13 +47,9 @@ pub(crate) static ENDED: Front = Front::closed();
 
 impl Front {
     const fn closed() -> Self {
-        let end = (&raw const NO_SLOTS[1]).cast_mut();
         Self {
             tops: [const { AtomicPtr::new((&raw const NO_SLOTS[1]).cast_mut()) }; COUNT],
-            limits: {
-                let _ = end;
-                [const { AtomicPtr::new((&raw const NO_SLOTS[1]).cast_mut()) }; COUNT]
-            },
+            limits: [const { Cell::new(&raw const NO_SLOTS[1]) }; COUNT],
         }
     }
 
@@ -82,7 +81,7 @@ impl Front {
         unsafe {
             let cell = self.tops.get_unchecked(class);
             let top = cell.load(Ordering::Relaxed);
-            if top == self.limits.get_unchecked(class).load(Ordering::Relaxed) {
+            if ptr::eq(top, self.limits.get_unchecked(class).get()) {
                 return false;
             }
             (*top).store(block, Ordering::Relaxed);
@@ -189,7 +188,7 @@ impl ThreadHeap {
         for class in 0..COUNT {
             heap.front.tops[class].store(heap.bottom(class).cast_mut(), Ordering::Relaxed);
             let limit = heap.bottom(class).wrapping_add(class::cache_capacity(class));
-            heap.front.limits[class].store(limit.cast_mut(), Ordering::Relaxed);
+            heap.front.limits[class].set(limit);
             heap.out_tops[class].set(heap.out_bottom(class));
         }
         heap

@@ -69,7 +69,7 @@ fn on_threads(count: usize) -> f64 {
 fn lifetimes(seed: u64) -> f64 {
     const LIVE: usize = 1000;
     let mut random = Random::new(seed);
-    let mut fresh = |random: &mut Random| {
+    let fresh = |random: &mut Random| {
         let layout = Layout::from_size_align(8 + random.below(505), 8).unwrap();
         // SAFETY: the size is not 0; the first byte is within it.
         let block = unsafe {
