@@ -4,6 +4,7 @@
 //! called without it, except to give memory back. Lock order: `late`, then `shared`, then `larges`.
 
 use core::cell::Cell;
+use core::mem;
 use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
@@ -11,7 +12,7 @@ use super::large::Larges;
 use super::list::List;
 use super::lock::SpinLock;
 use super::registry;
-use super::segment::{HEADER, SEGMENT, SLICE, SLICES, Segment, Segments};
+use super::segment::{HEADER, SEGMENT, SLICE, Segment, Segments};
 use super::settings::Settings;
 use super::thread::ThreadHeap;
 use crate::base::heap_config::HeapConfig;
@@ -56,6 +57,14 @@ pub(crate) struct Counters {
     pub(crate) orphaned: AtomicUsize,
 }
 
+/// A segment that was taken from the lists.
+enum Claim {
+    /// With its books in order.
+    Furnished(*const Segment),
+    /// The place of one, which reads as zero.
+    Bare(usize),
+}
+
 /// Lists of segments and heaps that nobody owns.
 pub(super) struct Shared {
     /// Small pages, huge pages.
@@ -65,7 +74,11 @@ pub(super) struct Shared {
     pub(super) abandoned: List<Segments>,
     idle_heaps: *const ThreadHeap,
     pub(super) all_heaps: *const ThreadHeap,
-    pub(super) all_segments: *const Segment,
+    /// The first of all segments, and the first of those (small pages, huge pages) that hold nothing; the
+    /// registry has the rest.
+    all_segments: usize,
+    bare: [usize; 2],
+    heaps: usize,
     warm: usize,
 }
 
@@ -93,7 +106,9 @@ impl Hub {
                 abandoned: List::new(),
                 idle_heaps: ptr::null(),
                 all_heaps: ptr::null(),
-                all_segments: ptr::null(),
+                all_segments: 0,
+                bare: [0; 2],
+                heaps: 0,
                 warm: 0,
             }),
             late: SpinLock::new(LateHeap(Cell::new(ptr::null()))),
@@ -195,7 +210,7 @@ impl Hub {
         if end - next < len {
             let Some(base) = self.map(len, SEGMENT) else { return false };
             let (next, end) =
-                core::mem::replace(&mut self.shared.lock().fresh[0], (base as usize, base as usize + len));
+                mem::replace(&mut self.shared.lock().fresh[0], (base as usize, base as usize + len));
             if next < end {
                 // SAFETY: reserved and never handed out.
                 unsafe { self.unmap(next as *mut u8, end - next) };
@@ -233,8 +248,9 @@ impl Hub {
     /// A segment for the calling thread, all vacant; the caller becomes its owner.
     pub(super) fn take_segment(&self, huge: bool) -> Option<&Segment> {
         let kind = usize::from(huge);
-        if let Some(segment) = self.take_present(&mut self.shared.lock(), kind) {
-            return Some(segment);
+        let claim = self.claim(&mut self.shared.lock(), kind);
+        if let Some(claim) = claim {
+            return Some(self.furnish(claim, kind));
         }
         // No lock is held while the system is asked.
         let mut len = if kind == 1 { HUGE_REGION } else { SMALL_REGION } * SEGMENT;
@@ -242,7 +258,10 @@ impl Hub {
             len = SEGMENT;
             self.map(len, SEGMENT)
         });
-        let Some(base) = base else { return self.take_present(&mut self.shared.lock(), 1 - kind) };
+        let Some(base) = base else {
+            let claim = self.claim(&mut self.shared.lock(), 1 - kind)?;
+            return Some(self.furnish(claim, 1 - kind));
+        };
         // SAFETY: the region is ours. Small programs stay small even where the system prefers huge pages.
         unsafe { os::advise_huge(ptr::NonNull::new_unchecked(base), len, kind == 1) };
         let mut shared = self.shared.lock();
@@ -253,34 +272,45 @@ impl Hub {
         }
         // Under the lock that publishes the region, so that who asked the system does not go without however
         // many threads ask at once.
-        let segment = self.take_present(&mut shared, kind).map(ptr::from_ref);
+        let claim = self.claim(&mut shared, kind);
         drop(shared);
         if another_was_faster {
             // SAFETY: nobody has seen the region.
             unsafe { self.unmap(base, len) };
         }
-        // SAFETY: segments live as long as the hub (invariant 7).
-        segment.map(|segment| unsafe { &*segment })
+        claim.map(|claim| self.furnish(claim, kind))
     }
 
-    /// A segment that is there already.
-    fn take_present(&self, shared: &mut Shared, kind: usize) -> Option<&Segment> {
-        if let Some(segment) = shared.vacant[kind].pop_front().map(ptr::from_ref) {
-            // SAFETY: segments live as long as the hub (invariant 7).
-            let segment = unsafe { &*segment };
+    /// Takes a segment, or the place of one, that is there already: what holds memory first.
+    fn claim(&self, shared: &mut Shared, kind: usize) -> Option<Claim> {
+        if let Some(segment) = shared.vacant[kind].pop_front() {
             shared.warm -= segment.idle_bytes();
-            return Some(segment);
+            return Some(Claim::Furnished(segment));
+        }
+        if let Some(entry) = registry::entry(shared.bare[kind]).filter(|_| shared.bare[kind] != 0) {
+            return Some(Claim::Bare(mem::replace(
+                &mut shared.bare[kind],
+                entry.bare.load(Ordering::Relaxed),
+            )));
         }
         let (next, end) = shared.fresh[kind];
         if next >= end || !registry::insert(next, SEGMENT, self, false) {
             return None;
         }
         shared.fresh[kind].0 = next + SEGMENT;
-        // SAFETY: fresh memory of our region, handed out once.
-        let segment = unsafe { Segment::create(next as *mut u8, self, kind == 1) };
-        segment.sibling.set(shared.all_segments);
-        shared.all_segments = segment;
-        Some(segment)
+        let entry = registry::entry(next)?;
+        entry.sibling.store(mem::replace(&mut shared.all_segments, next), Ordering::Relaxed);
+        Some(Claim::Bare(next))
+    }
+
+    /// The segment of a claim. No lock is held, since the books of a bare one are faulted in here.
+    fn furnish(&self, claim: Claim, kind: usize) -> &Segment {
+        match claim {
+            // SAFETY: segments live as long as the hub (invariant 7).
+            Claim::Furnished(segment) => unsafe { &*segment },
+            // SAFETY: memory of a region of ours that reads as zero, claimed once.
+            Claim::Bare(base) => unsafe { Segment::create(base as *mut u8, self, kind == 1) },
+        }
     }
 
     /// Takes back a segment with no live block, whose owner has let go of it. What it holds is kept up to a
@@ -289,22 +319,32 @@ impl Hub {
         debug_assert!(segment.is_empty());
         segment.head.owner.store(ptr::null_mut(), Ordering::Release);
         let mut shared = self.shared.lock();
-        if shared.warm + segment.idle_bytes() > self.settings.warm() {
+        if shared.warm + segment.idle_bytes() > self.settings.warm(shared.heaps) {
             drop(shared);
-            self.empty_segment(segment);
+            if self.strip(segment) {
+                return;
+            }
+            // What the system did not take back is still there.
             shared = self.shared.lock();
         }
-        // What the system did not take back is still there.
         shared.warm += segment.idle_bytes();
         shared.vacant[usize::from(segment.huge.get())].push_front(segment);
     }
 
-    /// Gives back all memory of a segment with no live block but its books.
-    fn empty_segment(&self, segment: &Segment) {
-        // SAFETY: nobody else uses a segment without a live block.
-        if unsafe { self.discard_slices(segment, 0, SLICES) } {
-            segment.pristine.set(u64::MAX);
+    /// Gives back all memory of a segment with no live block, its books too: the system backs the whole of it
+    /// with huge pages anew, which it does not where a page is left over. False where it refused.
+    fn strip(&self, segment: &Segment) -> bool {
+        let (base, kind) = (segment.base(), usize::from(segment.huge.get()));
+        // SAFETY: nobody has a block of the segment. A freer that is late with its announcement (invariant 7)
+        // writes into zeroes, and the next owner finds a mark that leads to nothing.
+        if !unsafe { self.discard(base, SEGMENT) } {
+            return false;
         }
+        let mut shared = self.shared.lock();
+        if let Some(entry) = registry::entry(base as usize) {
+            entry.bare.store(mem::replace(&mut shared.bare[kind], base as usize), Ordering::Relaxed);
+        }
+        true
     }
 
     /// Makes a run of slices read as zero, and gives their memory back except where it shares a page with the
@@ -327,16 +367,29 @@ impl Hub {
     /// Gives back what unowned segments hold; returns the bytes.
     pub(crate) fn trim(&self) -> usize {
         self.trims.fetch_add(1, Ordering::Relaxed);
-        let shared = &mut *self.shared.lock();
-        let before = shared.warm;
-        shared.warm = 0;
-        for segment in shared.vacant.iter().flat_map(List::iter) {
-            if segment.idle() != 0 {
-                self.empty_segment(segment);
+        let mut given = 0;
+        for kind in 0..2 {
+            // Those that the system refuses go to the end of the list, where the count stops.
+            let mut left = self.shared.lock().vacant[kind].iter().count();
+            while left > 0 {
+                left -= 1;
+                let mut shared = self.shared.lock();
+                let Some(segment) = shared.vacant[kind].pop_front().map(ptr::from_ref) else { break };
+                // SAFETY: segments live as long as the hub (invariant 7), and this one is nobody's.
+                let segment = unsafe { &*segment };
+                let idle = segment.idle_bytes();
+                shared.warm -= idle;
+                drop(shared);
+                if self.strip(segment) {
+                    given += idle;
+                } else {
+                    let mut shared = self.shared.lock();
+                    shared.warm += idle;
+                    shared.vacant[kind].push_back(segment);
+                }
             }
-            shared.warm += segment.idle_bytes();
         }
-        before - shared.warm
+        given
     }
 
     pub(super) fn trims(&self) -> u32 {
@@ -379,6 +432,7 @@ impl Hub {
         // SAFETY: fresh zeroed memory of that size, for nobody else.
         let heap = unsafe { ThreadHeap::create(base, self) };
         let mut shared = self.shared.lock();
+        shared.heaps += 1;
         heap.next_heap.set(shared.all_heaps);
         shared.all_heaps = heap;
         Some(heap)
@@ -444,10 +498,11 @@ impl Hub {
         // SAFETY: all of it is memory of this hub, which nobody uses any more; what follows a node is read
         // before the node goes.
         unsafe {
-            while let Some(at) = segment.as_ref() {
-                segment = at.sibling.get();
-                registry::remove(at.base() as usize, SEGMENT);
-                self.unmap(at.base(), SEGMENT);
+            while segment != 0 {
+                let next = registry::entry(segment).map_or(0, |entry| entry.sibling.load(Ordering::Relaxed));
+                registry::remove(segment, SEGMENT);
+                self.unmap(segment as *mut u8, SEGMENT);
+                segment = next;
             }
             while let Some(at) = heap.as_ref() {
                 heap = at.next_heap.get();

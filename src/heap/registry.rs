@@ -6,7 +6,7 @@
 //! written before the unit is handed out and cleared before it is unmapped.
 
 use core::ptr;
-use core::sync::atomic::{AtomicPtr, Ordering};
+use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use super::hub::Hub;
 use super::lock::SpinLock;
@@ -18,7 +18,18 @@ const ADDRESS_BITS: u32 = if cfg!(target_pointer_width = "64") { 48 } else { 32 
 const UNITS: usize = 1 << (ADDRESS_BITS - SEGMENT.trailing_zeros());
 const LEAF: usize = if UNITS < 1 << 13 { UNITS } else { 1 << 13 };
 
-type Leaf = [AtomicPtr<Hub>; LEAF];
+type Leaf = [Entry; LEAF];
+
+/// What is noted of a unit. The links make lists of a hub's segments that are in order while the segments
+/// themselves hold no memory; they are addresses of segments, 0 at the end, and the hub's lock guards them.
+pub(super) struct Entry {
+    owner: AtomicPtr<Hub>,
+    /// The next of all segments of the hub.
+    pub(super) sibling: AtomicUsize,
+    /// The next of those that hold nothing, not even their books.
+    pub(super) bare: AtomicUsize,
+}
+
 /// Tags of an entry.
 const LARGE: usize = 1;
 const FIRST: usize = 2;
@@ -74,7 +85,7 @@ pub(super) fn insert(base: usize, len: usize, hub: &Hub, large: bool) -> bool {
                 true => LARGE,
             };
             let entry = ptr::from_ref(hub).cast_mut().map_addr(|hub| hub | tags);
-            leaf[unit % LEAF].store(entry, Ordering::Release);
+            leaf[unit % LEAF].owner.store(entry, Ordering::Release);
         }
     }
     true
@@ -84,26 +95,32 @@ pub(super) fn insert(base: usize, len: usize, hub: &Hub, large: bool) -> bool {
 pub(super) fn remove(base: usize, len: usize) {
     for unit in base / SEGMENT..(base + len).div_ceil(SEGMENT) {
         if let Some(leaf) = leaf(unit) {
-            leaf[unit % LEAF].store(ptr::null_mut(), Ordering::Release);
+            leaf[unit % LEAF].owner.store(ptr::null_mut(), Ordering::Release);
         }
     }
 }
 
+/// The entry of the unit of `address`, if its part of the table is there.
 #[inline(always)]
-fn entry(address: usize) -> *mut Hub {
+pub(super) fn entry(address: usize) -> Option<&'static Entry> {
     let unit = address / SEGMENT;
-    leaf(unit).map_or(ptr::null_mut(), |leaf| leaf[unit % LEAF].load(Ordering::Acquire))
+    leaf(unit).map(|leaf| &leaf[unit % LEAF])
+}
+
+#[inline(always)]
+fn owner(address: usize) -> *mut Hub {
+    entry(address).map_or(ptr::null_mut(), |entry| entry.owner.load(Ordering::Acquire))
 }
 
 /// Whether `address` lies in a segment of `hub`.
 #[inline(always)]
 pub(super) fn in_segment(address: usize, hub: &Hub) -> bool {
-    ptr::eq(entry(address), hub)
+    ptr::eq(owner(address), hub)
 }
 
 /// What the unit of `address` belongs to.
 pub(crate) fn lookup(address: usize) -> Unit {
-    let entry = entry(address);
+    let entry = owner(address);
     let hub = entry.map_addr(|hub| hub & !(LARGE | FIRST));
     match entry.addr() & (LARGE | FIRST) {
         _ if hub.is_null() => Unit::Foreign,

@@ -23,7 +23,8 @@
 //! 5. The pages marked in `discarded` belong to free blocks, and read as zero.
 //! 6. A slice is in `vacant`, or belongs to exactly one span; `pristine` slices are vacant and read as zero.
 //! 7. Segments stay mapped as long as their core lives, because a freer may still announce in `remote_mask`
-//!    what the owner has already collected.
+//!    what the owner has already collected. One that lost its books with its memory reads as zero, which no
+//!    look-up takes for a block.
 
 use core::cell::Cell;
 use core::ptr;
@@ -142,8 +143,6 @@ pub(crate) struct Segment {
     pub(crate) roomy: Cell<bool>,
     /// Whether it is on its owner's list of segments with idle slices.
     pub(crate) queued: Cell<bool>,
-    /// The next segment of the same hub, wherever it is; frozen.
-    pub(crate) sibling: Cell<*const Segment>,
     discarded: [Cell<u64>; SEGMENT / MIN_PAGE / 64],
     spans: [Span; SLICES],
 }

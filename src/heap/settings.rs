@@ -27,8 +27,9 @@ impl Settings {
     const KEEP_LEAST: usize = 2 << 20;
     /// Idle memory that unowned segments may hold: enough for a stream of short threads.
     const WARM: usize = 4 << 20;
-    /// A thread whose heap is this large gets segments with huge pages.
-    const SEGMENTS_BEFORE_HUGE: usize = 8;
+    /// A thread with this many segments gets further ones with huge pages: half of such a page, which it may
+    /// never need, is then little beside what it has.
+    const SEGMENTS_BEFORE_HUGE: usize = 4;
     /// Mappings of this size ask for huge pages.
     const HUGE_LARGE: usize = 8 << 20;
 
@@ -70,9 +71,13 @@ impl Settings {
         self.keep_least.load(Ordering::Relaxed) != usize::MAX
     }
 
-    /// Idle memory that unowned segments may hold.
-    pub(super) fn warm(&self) -> usize {
-        self.warm.load(Ordering::Relaxed)
+    /// Idle memory that unowned segments may hold where `heaps` threads ran at once: what as many idle threads
+    /// would keep, so that threads that come and go fault in no more than threads that stay.
+    pub(super) fn warm(&self, heaps: usize) -> usize {
+        match self.warm.load(Ordering::Relaxed) {
+            0 => 0,
+            least => least.max(heaps.saturating_mul(self.keep_least.load(Ordering::Relaxed))),
+        }
     }
 
     /// Whether a thread with so many segments gets its next with huge pages.
