@@ -8,35 +8,58 @@
 use core::ptr;
 use core::sync::atomic::Ordering;
 
+use super::class;
 use super::segment::{Place, SLICE, Segment, Span, run};
 use super::thread::{ThreadHeap, bump, lower};
 use crate::source::os;
 
 /// A heap that was larger than this and shrank to a quarter empties its caches, whose blocks would hold
-/// scattered pages.
+/// scattered pages; and again with each quartering, as long as it shrinks, down to `SHRUNK_TO`. Meanwhile its
+/// caches hold `SHORTER` times less.
 const SHRUNK_FROM: usize = 8 << 20;
+const SHORTER: usize = 16;
+const SHRUNK_TO: usize = 256 << 10;
 
 impl ThreadHeap {
     #[inline]
     pub(super) fn purge_if_due(&self) {
         let settings = &self.hub().settings;
-        if self.live.get() < self.high_water.get() / 4
-            && self.high_water.get() > SHRUNK_FROM
-            && settings.purges()
-        {
+        let high = self.high_water.get();
+        let least = if self.shrinking.get() { SHRUNK_TO } else { SHRUNK_FROM };
+        if self.live.get() < high / 4 && high > least && settings.purges() {
             self.high_water.set(self.live.get());
             self.flush_all();
+            self.set_shrinking(true);
         }
         let keep = settings.keep(self.live.get());
         if self.pending.get() > keep {
-            self.purge(keep - keep / 4);
+            let scattered = if self.shrinking.get() { keep } else { settings.keep_scattered(keep) };
+            self.purge_to(keep - keep / 4, scattered);
+        }
+    }
+
+    /// A heap that shrinks has short caches, each of whose blocks would hold a page; once it allocates again
+    /// they are as long as before.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn set_shrinking(&self, shrinking: bool) {
+        self.shrinking.set(shrinking);
+        for class in 0..class::COUNT {
+            let full = class::cache_capacity(class);
+            self.set_capacity(class, if shrinking { (full / SHORTER).max(4).min(full) } else { full });
         }
     }
 
     /// Gives idle memory back until no more than `keep` bytes of it are left; returns the bytes given.
+    pub(crate) fn purge(&self, keep: usize) -> usize {
+        self.purge_to(keep, keep)
+    }
+
+    /// Gives whole slices back until no more than `keep` bytes are idle, and pages within spans, of which each
+    /// takes a call of its own, until no more than `scattered` are.
     #[cold]
     #[inline(never)]
-    pub(crate) fn purge(&self, keep: usize) -> usize {
+    fn purge_to(&self, keep: usize, scattered: usize) -> usize {
         let before = self.tally.discarded.load(Ordering::Relaxed);
         while self.pending.get() > keep {
             if let Some(segment) = self.idle_segments.front() {
@@ -48,7 +71,9 @@ impl ThreadHeap {
                 } else if !self.discard_idle(segment) {
                     break;
                 }
-            } else if let Some(span) = self.queue.front() {
+            } else if self.pending.get() > scattered
+                && let Some(span) = self.queue.front()
+            {
                 self.settle(span);
             } else {
                 break;
@@ -145,6 +170,8 @@ impl ThreadHeap {
         }
         self.live.set(0);
         self.pending.set(0);
+        self.high_water.set(0);
+        self.set_shrinking(false);
         self.tally.committed.store(0, Ordering::Relaxed);
     }
 }

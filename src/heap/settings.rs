@@ -17,6 +17,7 @@ use crate::base::heap_config::{Hardening, HeapConfig, HugeUse, Purge};
 pub(crate) struct Settings {
     keep_least: AtomicUsize,
     keep_part: AtomicUsize,
+    scattered: AtomicUsize,
     warm: AtomicUsize,
     segments_before_huge: AtomicUsize,
     huge_large: AtomicUsize,
@@ -25,6 +26,8 @@ pub(crate) struct Settings {
 impl Settings {
     /// Idle memory that a thread keeps in any case.
     const KEEP_LEAST: usize = 2 << 20;
+    /// Idle memory up to which pages within spans, of which each takes a call, are not worth giving back.
+    const SCATTERED: usize = 8 << 20;
     /// Idle memory that unowned segments may hold: enough for a stream of short threads.
     const WARM: usize = 4 << 20;
     /// A thread with this many segments gets further ones with huge pages: half of such a page, which it may
@@ -37,6 +40,7 @@ impl Settings {
         Self {
             keep_least: AtomicUsize::new(Self::KEEP_LEAST),
             keep_part: AtomicUsize::new(2),
+            scattered: AtomicUsize::new(Self::SCATTERED),
             warm: AtomicUsize::new(Self::WARM),
             segments_before_huge: AtomicUsize::new(Self::SEGMENTS_BEFORE_HUGE),
             huge_large: AtomicUsize::new(Self::HUGE_LARGE),
@@ -44,10 +48,10 @@ impl Settings {
     }
 
     pub(super) fn apply(&self, config: &HeapConfig) {
-        let (least, part, warm) = match config.purge {
-            Purge::Eager => (64 << 10, 32, 0),
-            Purge::Balanced => (Self::KEEP_LEAST, 2, Self::WARM),
-            Purge::Never => (usize::MAX, 1, usize::MAX),
+        let (least, part, scattered, warm) = match config.purge {
+            Purge::Eager => (64 << 10, 32, 0, 0),
+            Purge::Balanced => (Self::KEEP_LEAST, 2, Self::SCATTERED, Self::WARM),
+            Purge::Never => (usize::MAX, 1, usize::MAX, usize::MAX),
         };
         let (segments, large) = match config.huge_pages {
             HugeUse::Never => (usize::MAX, usize::MAX),
@@ -56,6 +60,7 @@ impl Settings {
         };
         self.keep_least.store(least, Ordering::Relaxed);
         self.keep_part.store(part, Ordering::Relaxed);
+        self.scattered.store(scattered, Ordering::Relaxed);
         self.warm.store(warm, Ordering::Relaxed);
         self.segments_before_huge.store(segments, Ordering::Relaxed);
         self.huge_large.store(large, Ordering::Relaxed);
@@ -64,6 +69,11 @@ impl Settings {
     /// Idle memory that a thread with `live` bytes keeps.
     pub(super) fn keep(&self, live: usize) -> usize {
         self.keep_least.load(Ordering::Relaxed).max(live / self.keep_part.load(Ordering::Relaxed))
+    }
+
+    /// And up to which pages within spans stay, where `keep` bytes of whole slices do.
+    pub(super) fn keep_scattered(&self, keep: usize) -> usize {
+        keep.max(self.scattered.load(Ordering::Relaxed))
     }
 
     /// Whether idle memory goes back by itself.

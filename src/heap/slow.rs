@@ -22,7 +22,7 @@ impl ThreadHeap {
     pub(crate) fn refill(&self, class: usize) -> *mut u8 {
         self.housekeeping();
         let bin = &self.bins[class];
-        let most = (class::cache_capacity(class) / 2) as u32;
+        let most = (self.capacity(class) / 2) as u32;
         let want = bin.batch.get().clamp(most.min(4), most);
         bin.batch.set(want * 2);
         let bottom = self.bottom(class);
@@ -64,6 +64,9 @@ impl ThreadHeap {
             0 => {
                 self.refills_left.set(OUTBOX_AGE);
                 self.post_all();
+                if self.shrinking.get() {
+                    self.set_shrinking(false);
+                }
             }
             left => self.refills_left.set(left - 1),
         }
@@ -326,7 +329,7 @@ impl ThreadHeap {
     #[cold]
     #[inline(never)]
     pub(crate) fn flush(&self, class: usize, block: *mut u8) {
-        let half = (class::cache_capacity(class) / 2).max(1);
+        let half = (self.capacity(class) / 2).max(1);
         self.flush_oldest(class, half);
         // SAFETY: this thread's heap, and there is room now.
         let pushed = unsafe { self.front.push(class, block) };

@@ -34,7 +34,8 @@ pub(crate) struct Front {
     limits: [Cell<*const Slot>; COUNT],
 }
 
-// SAFETY: the tops are atomic, and the limits are set before a front is shared and never after.
+// SAFETY: the tops are atomic, and only a front's own thread reads or writes its limits; those of the two static
+// ones are never written.
 unsafe impl Sync for Front {}
 
 /// Two empty slots: the stack of a thread that has no heap is empty and full at once.
@@ -160,6 +161,8 @@ pub(crate) struct ThreadHeap {
     pub(super) pending: Cell<usize>,
     /// Most live bytes since the caches were last emptied for having become large beside what is live.
     pub(super) high_water: Cell<usize>,
+    /// Whether the heap was large and only shrank since: see `set_shrinking`.
+    pub(super) shrinking: Cell<bool>,
     pub(super) refills_left: Cell<u32>,
     pub(super) trims_seen: Cell<u32>,
     /// Set while a request must be served from what is there.
@@ -187,8 +190,7 @@ impl ThreadHeap {
         heap.hub.set(hub);
         for class in 0..COUNT {
             heap.front.tops[class].store(heap.bottom(class).cast_mut(), Ordering::Relaxed);
-            let limit = heap.bottom(class).wrapping_add(class::cache_capacity(class));
-            heap.front.limits[class].set(limit);
+            heap.set_capacity(class, class::cache_capacity(class));
             heap.out_tops[class].set(heap.out_bottom(class));
         }
         heap
@@ -217,6 +219,17 @@ impl ThreadHeap {
 
     pub(super) fn set_top(&self, class: usize, top: *const Slot) {
         self.front.tops[class].store(top.cast_mut(), Ordering::Relaxed);
+    }
+
+    /// Blocks that the cache of a class holds at most.
+    pub(super) fn capacity(&self, class: usize) -> usize {
+        (self.front.limits[class].get() as usize - self.bottom(class) as usize) / size_of::<Slot>()
+    }
+
+    /// Sets that; the cache holds no more by now, and its array has room.
+    pub(super) fn set_capacity(&self, class: usize, capacity: usize) {
+        debug_assert!(self.cached_count(class) <= capacity && capacity <= class::cache_capacity(class));
+        self.front.limits[class].set(self.bottom(class).wrapping_add(capacity));
     }
 
     /// The blocks in the cache of a class, oldest first; a snapshot if another thread looks.
