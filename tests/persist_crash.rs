@@ -120,10 +120,16 @@ fn kills_lose_nothing_that_was_committed() {
                 .spawn()
                 .unwrap();
             let output = BufReader::new(child.stdout.take().unwrap());
+            let (begun, begins) = std::sync::mpsc::channel();
             let reader = std::thread::spawn(move || {
                 let done = |line: String| line.strip_prefix("done ")?.parse::<u64>().ok();
-                output.lines().map_while(Result::ok).filter_map(done).last().unwrap_or(0)
+                let told = |_: &u64| _ = begun.send(());
+                output.lines().map_while(Result::ok).filter_map(done).inspect(told).last().unwrap_or(0)
             });
+            // Most are killed while they work, some while they open the pool.
+            if round % 5 != 0 {
+                let _ = begins.recv_timeout(Duration::from_secs(10));
+            }
             std::thread::sleep(Duration::from_micros(3000 + round * 7919 % 23_000));
             child.kill().unwrap();
             child.wait().unwrap();

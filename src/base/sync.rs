@@ -7,6 +7,11 @@ pub(crate) use core::sync::atomic;
 pub(crate) use loom::sync::atomic;
 
 #[cfg(loom)]
+pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
+#[cfg(not(loom))]
+pub(crate) use std::sync::{Condvar, Mutex, MutexGuard};
+
+#[cfg(loom)]
 pub(crate) use modelled::{Lock, LockGuard};
 #[cfg(not(loom))]
 pub(crate) use plain::{Lock, LockGuard};

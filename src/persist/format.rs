@@ -125,30 +125,40 @@ pub(crate) mod internal {
     pub(crate) const SCRATCH: u64 = 4;
 }
 
-/// Checksum of words. Each step is a bijection of the state, so damage within one word never goes unseen.
+/// Checksum of words: each is mixed by itself, with its place, and the sum of them is turned by 7 bits a word.
+/// So each word's part in it is a bijection of the word, and damage within one never goes unseen; and no word
+/// waits for the multiplications of the one before.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Checksum(u64);
+pub(crate) struct Checksum {
+    sum: u64,
+    place: u64,
+}
 
 impl Checksum {
     #[inline]
     pub(crate) const fn new(seed: u64) -> Self {
-        Self(seed ^ 0x6D70_6F6F_6C73_756D)
+        Self { sum: 0, place: seed ^ 0x6D70_6F6F_6C73_756D }
     }
 
     #[inline]
     pub(crate) const fn add(self, word: u64) -> Self {
-        let mixed = (self.0 ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        Self(mixed ^ mixed >> 32)
+        let mixed = (word ^ self.place).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let mixed = mixed ^ mixed >> 32;
+        Self {
+            sum: self.sum.rotate_left(7).wrapping_add(mixed),
+            place: self.place.wrapping_add(0xD1B5_4A32_D192_ED03),
+        }
     }
 
     /// Never 0, so that a zeroed place has no valid checksum.
     #[inline]
     pub(crate) const fn finish(self) -> u64 {
-        let mixed = self.0.wrapping_mul(0xD6E8_FEB8_6659_FD93);
+        let mixed = (self.sum ^ self.place >> 32).wrapping_mul(0xD6E8_FEB8_6659_FD93);
         let mixed = mixed ^ mixed >> 29;
         if mixed == 0 { 1 } else { mixed }
     }
 
+    #[inline]
     pub(crate) fn of(seed: u64, words: &[u64]) -> u64 {
         words.iter().fold(Self::new(seed), |sum, &word| sum.add(word)).finish()
     }
@@ -213,27 +223,35 @@ pub(crate) enum Entry {
 }
 
 impl Entry {
+    pub(crate) const RUN: u8 = 1;
+    pub(crate) const LARGE: u8 = 2;
+
     pub(crate) const fn encode(self) -> u64 {
         match self {
             Self::Free => 0,
-            Self::Run { chunks, slot } => 1 | (chunks as u64) << 8 | (slot as u64) << 32,
-            Self::Large { chunks } => 2 | (chunks as u64) << 8,
+            Self::Run { chunks, slot } => Self::RUN as u64 | (chunks as u64) << 8 | (slot as u64) << 32,
+            Self::Large { chunks } => Self::LARGE as u64 | (chunks as u64) << 8,
         }
+    }
+
+    /// Kind, chunks and slot size in `word`, unchecked.
+    #[inline]
+    pub(crate) const fn fields(word: u64) -> (u8, u32, u32) {
+        (word as u8, (word >> 8) as u32 & 0xFF_FFFF, (word >> 32) as u32)
     }
 
     /// The entry in `word`, if it can stand at a place with `room` chunks up to the end of its zone.
     pub(crate) fn decode(word: u64, room: u32) -> Option<Self> {
-        let chunks = (word >> 8) as u32 & 0xFF_FFFF;
-        let slot = (word >> 32) as u32;
+        let (kind, chunks, slot) = Self::fields(word);
         let fits = chunks >= 1 && chunks <= room;
-        match word as u8 {
+        match kind {
             0 if word == 0 => Some(Self::Free),
-            1 if fits => {
+            Self::RUN if fits => {
                 let sized = u64::from(slot) >= MIN_SLOT && slot.is_multiple_of(8);
                 let slots = (u64::from(chunks) * CHUNK).checked_div(slot.into())?;
                 (sized && (1..=MAX_SLOTS).contains(&slots)).then_some(Self::Run { chunks, slot })
             }
-            2 if fits && slot == 0 => Some(Self::Large { chunks }),
+            Self::LARGE if fits && slot == 0 => Some(Self::Large { chunks }),
             _ => None,
         }
     }

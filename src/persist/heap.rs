@@ -16,13 +16,16 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::{HashMap, HashSet};
+mod chunks;
+mod load;
+
+use std::collections::HashSet;
 use std::hash::{BuildHasherDefault, Hasher};
 
-use super::format::{BITMAP_WORDS, CHUNK, Entry, MAX_SLOTS, MAX_ZONE_CHUNKS, MIN_SLOT, Zone};
-use super::journal::Ops;
-use super::media::Media;
-use super::table::Table;
+use super::fold::{Fold, FoldMap};
+use super::format::{CHUNK, MAX_SLOTS, MAX_ZONE_CHUNKS, MIN_SLOT, Zone};
+use super::media::{Backing, Media};
+use super::table::{Mark, Table};
 use crate::base::bits::{floor_log2, round_up};
 use crate::base::error::{Error, OomReason, Result};
 
@@ -47,6 +50,9 @@ struct Chunk {
     fresh: bool,
     stale: bool,
     backed: bool,
+    /// It is in its bin's `open`, or in the heap's `empty`.
+    in_open: bool,
+    in_empty: bool,
     chunks: u32,
     slot: u32,
     slots: u32,
@@ -63,6 +69,8 @@ const FREE_CHUNK: Chunk = Chunk {
     fresh: false,
     stale: false,
     backed: false,
+    in_open: false,
+    in_empty: false,
     chunks: 1,
     slot: 0,
     slots: 0,
@@ -95,53 +103,29 @@ impl core::hash::Hash for BinKey {
     }
 }
 
-/// For keys that are hashes or offsets already.
-#[derive(Default)]
-pub(crate) struct Fold(u64);
-
-impl Hasher for Fold {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.write_u64(byte.into());
-        }
-    }
-    fn write_u64(&mut self, word: u64) {
-        let wide = u128::from(self.0 ^ word) * 0x9E37_79B9_7F4A_7C15;
-        self.0 = (wide >> 64) as u64 ^ wide as u64;
-    }
-}
-
-pub(crate) type FoldMap<K, V> = HashMap<K, V, BuildHasherDefault<Fold>>;
-
 /// A slot handed out, not yet in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Slot {
     pub(crate) offset: u64,
     pub(crate) size: u64,
-    chunk: u32,
-    pub(crate) mark: SlotMark,
-    /// The chunk's entry must be logged together with the mark.
+    /// How it will be marked live.
+    pub(crate) mark: Mark,
+    /// The run's entry must be logged together with the mark.
     pub(crate) fresh: bool,
     /// The type is in the file's list of types.
     pub(crate) registered: bool,
 }
 
-/// How the slot will be marked live.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SlotMark {
-    Bit { word: u64, mask: u64 },
-    Entry,
+/// The bin of a type that was asked for lately.
+#[derive(Clone, Copy, Debug, Default)]
+struct Recent {
+    fingerprint: u64,
+    /// 0 for none.
+    slot: u32,
+    bin: u32,
 }
 
-impl Slot {
-    /// The same for slots of one run.
-    pub(crate) fn run(&self) -> u32 {
-        self.chunk
-    }
-}
+const RECENT: usize = 16;
 
 #[derive(Debug)]
 pub(crate) struct Heap {
@@ -152,15 +136,17 @@ pub(crate) struct Heap {
     free_hint: u32,
     bins: Vec<Bin>,
     bin_of: FoldMap<BinKey, u32>,
+    recent: [Recent; RECENT],
     registered: HashSet<u64, BuildHasherDefault<Fold>>,
     /// Runs that became empty; checked when they are taken.
     empty: Vec<u32>,
-    zero_fill: bool,
+    backing: Backing,
     read_all: bool,
 }
 
 /// How many bytes a slot for `size` bytes has. `exact`: for a type, whose objects are all of that size;
 /// else sizes are rounded so that few different ones exist.
+#[inline]
 fn slot_size(size: usize, align: usize, exact: bool) -> Result<u64> {
     let overflow = Error::oom(size, OomReason::Overflow);
     if align > MAX_ALIGN {
@@ -183,7 +169,7 @@ impl Heap {
         media: &Media,
         table: &Table,
         zones: &[Zone],
-        zero_fill: bool,
+        backing: Backing,
         lenient: bool,
     ) -> Result<Self> {
         let mut heap = Self {
@@ -193,9 +179,10 @@ impl Heap {
             free_hint: 0,
             bins: Vec::new(),
             bin_of: FoldMap::default(),
+            recent: [Recent::default(); RECENT],
             registered: HashSet::default(),
             empty: Vec::new(),
-            zero_fill,
+            backing,
             read_all: false,
         };
         for zone in zones {
@@ -207,79 +194,27 @@ impl Heap {
         Ok(heap)
     }
 
-    pub(crate) fn add_zone(&mut self, zone: Zone) {
-        self.zones.push((zone, self.chunks.len() as u32));
-        self.chunks.resize(self.chunks.len() + zone.chunks as usize, FREE_CHUNK);
-        self.free_chunks += zone.chunks;
-    }
-
-    fn read_table(
-        &mut self,
-        media: &Media,
-        table: &Table,
-        number: usize,
-        zone: Zone,
-        lenient: bool,
-    ) -> Result<()> {
-        let first = self.zones[number].1;
-        let mut chunk = 0;
-        while chunk < zone.chunks {
-            let at = zone.entry(chunk);
-            let word = media.load(at);
-            let fingerprint = media.load(at + 8);
-            let global = first + chunk;
-            let covered = match Entry::decode(word, zone.chunks - chunk) {
-                Some(Entry::Free) => 1,
-                Some(Entry::Run { chunks, slot }) => {
-                    let slots = (u64::from(chunks) * CHUNK / u64::from(slot)) as u32;
-                    self.occupy(global, chunks, Kind::Run);
-                    let bin = self.bin(BinKey { fingerprint, slot });
-                    let head = &mut self.chunks[global as usize];
-                    (head.slot, head.slots, head.bin, head.fingerprint) = (slot, slots, bin, fingerprint);
-                    self.bins[bin as usize].unread.push(global);
-                    for distance in 1..chunks {
-                        table.set_back(number, chunk + distance, distance);
-                    }
-                    chunks
-                }
-                Some(Entry::Large { chunks }) => {
-                    self.occupy(global, chunks, Kind::Large);
-                    chunks
-                }
-                None if lenient => {
-                    self.occupy(global, 1, Kind::Large);
-                    1
-                }
-                None => {
-                    let what =
-                        "a table entry: run memory-pool check, or open it read-only to save what is whole";
-                    return Err(Error::corrupt(at, what, word));
-                }
-            };
-            chunk += covered;
-        }
-        Ok(())
-    }
-
-    /// Takes chunks out of the free ones.
-    fn occupy(&mut self, head: u32, chunks: u32, kind: Kind) {
-        for distance in 0..chunks {
-            let chunk = &mut self.chunks[(head + distance) as usize];
-            debug_assert_eq!(chunk.kind, Kind::Free);
-            chunk.kind = if distance == 0 { kind } else { Kind::Rest(distance) };
-        }
-        self.chunks[head as usize].chunks = chunks;
-        self.free_chunks -= chunks;
-    }
-
+    /// The bin of a type and slot size.
+    #[inline]
     fn bin(&mut self, key: BinKey) -> u32 {
-        if let Some(&bin) = self.bin_of.get(&key) {
-            return bin;
+        let recent = &self.recent[(key.fingerprint ^ u64::from(key.slot) >> 5) as usize % RECENT];
+        if (recent.fingerprint, recent.slot) == (key.fingerprint, key.slot) {
+            return recent.bin;
         }
-        let bin = self.bins.len() as u32;
+        self.bin_slow(key)
+    }
+
+    #[cold]
+    fn bin_slow(&mut self, key: BinKey) -> u32 {
         let registered = self.registered.contains(&key.fingerprint) || key.fingerprint < 1 << 63;
-        self.bins.push(Bin { registered, ..Bin::default() });
-        self.bin_of.insert(key, bin);
+        let bins = &mut self.bins;
+        let bin = *self.bin_of.entry(key).or_insert_with(|| {
+            bins.push(Bin { registered, ..Bin::default() });
+            bins.len() as u32 - 1
+        });
+        let BinKey { fingerprint, slot } = key;
+        self.recent[(fingerprint ^ u64::from(slot) >> 5) as usize % RECENT] =
+            Recent { fingerprint, slot, bin };
         bin
     }
 
@@ -295,24 +230,6 @@ impl Heap {
 
     pub(crate) fn is_registered(&self, fingerprint: u64) -> bool {
         self.registered.contains(&fingerprint)
-    }
-
-    /// Zone and chunk in it of a chunk counted over all zones.
-    fn place(&self, chunk: u32) -> (usize, Zone, u32) {
-        let number = self.zones.partition_point(|&(_, first)| first <= chunk) - 1;
-        let (zone, first) = self.zones[number];
-        (number, zone, chunk - first)
-    }
-
-    /// The head of the chunk at `offset`.
-    fn head(&self, offset: u64) -> Option<u32> {
-        let (zone, first) = self.zones.iter().find(|(zone, _)| offset < zone.end())?;
-        let chunk = first + (offset.checked_sub(zone.data())? / CHUNK) as u32;
-        match self.chunks[chunk as usize].kind {
-            Kind::Rest(distance) => Some(chunk - distance),
-            Kind::Free => None,
-            _ => Some(chunk),
-        }
     }
 
     /// Reserves room for `size` bytes of type `fingerprint`.
@@ -361,8 +278,7 @@ impl Heap {
         Some(Slot {
             offset: zone.chunk(local) + (word as u64 * 64 + u64::from(bit)) * size,
             size,
-            chunk: run,
-            mark: SlotMark::Bit { word: zone.bitmap(local) + word as u64 * 8, mask: 1 << bit },
+            mark: Mark::Bit { word: zone.bitmap(local) + word as u64 * 8, mask: 1 << bit },
             fresh,
             registered,
         })
@@ -383,33 +299,13 @@ impl Heap {
                     return Ok(found);
                 }
                 self.bins[bin as usize].open.pop();
+                let chunk = &mut self.chunks[run as usize];
+                chunk.in_open &= chunk.bin != bin;
             } else if let Some(run) = self.bins[bin as usize].unread.pop() {
                 self.read_bits(media, run);
             } else {
                 self.new_run(media, table, fingerprint, slot, bin)?;
             }
-        }
-    }
-
-    /// Reads the bitmap of a run, if that was not done before.
-    fn read_bits(&mut self, media: &Media, run: u32) {
-        let (_, zone, local) = self.place(run);
-        let chunk = &mut self.chunks[run as usize];
-        if chunk.kind != Kind::Run || chunk.bits.is_some() {
-            return;
-        }
-        let words = chunk.slots.div_ceil(64) as usize;
-        let mut bits = [0u64; BITMAP_WORDS];
-        media.load_words(zone.bitmap(local), &mut bits[..words]);
-        mask_tail(&mut bits[..words], chunk.slots);
-        chunk.free = bits[..words].iter().map(|word| word.count_zeros()).sum();
-        chunk.hint = 0;
-        chunk.bits = Some(bits[..words].into());
-        if chunk.free > 0 {
-            self.bins[chunk.bin as usize].open.push(run);
-        }
-        if chunk.free == chunk.slots {
-            self.empty.push(run);
         }
     }
 
@@ -439,7 +335,7 @@ impl Heap {
         let run = &mut self.chunks[head as usize];
         (run.slot, run.slots, run.free, run.hint) = (slot, slots, slots, 0);
         (run.bin, run.fingerprint, run.fresh, run.bits) = (bin, fingerprint, true, Some(bits));
-        self.bins[bin as usize].open.push(head);
+        self.list(head);
         Ok(())
     }
 
@@ -458,118 +354,10 @@ impl Heap {
         Ok(Slot {
             offset: zone.chunk(local),
             size: u64::from(chunks) * CHUNK,
-            chunk: head,
-            mark: SlotMark::Entry,
+            mark: Mark::Entry { at: zone.entry(local) },
             fresh: true,
             registered: self.registered.contains(&fingerprint) || fingerprint < 1 << 63,
         })
-    }
-
-    /// Adjacent free chunks with disk space behind them, still marked free.
-    fn take_chunks(&mut self, media: &Media, table: &Table, chunks: u32, size: usize) -> Result<u32> {
-        let head = match self.find_free(chunks) {
-            Some(head) => head,
-            None => {
-                self.collect_empty(media, table);
-                let held = self.zones.iter().map(|(zone, _)| zone.end()).max().unwrap_or(0) as usize;
-                self.find_free(chunks).ok_or(Error::oom(size, OomReason::PoolFull(held)))?
-            }
-        };
-        let (_, zone, local) = self.place(head);
-        let span = head as usize..(head + chunks) as usize;
-        if !self.chunks[span.clone()].iter().all(|chunk| chunk.backed) {
-            media.back(zone.chunk(local), u64::from(chunks) * CHUNK, self.zero_fill)?;
-            for chunk in &mut self.chunks[span] {
-                chunk.backed = true;
-            }
-        }
-        Ok(head)
-    }
-
-    /// First fit among the free chunks.
-    fn find_free(&mut self, wanted: u32) -> Option<u32> {
-        if self.free_chunks < wanted {
-            return None;
-        }
-        while self.chunks.get(self.free_hint as usize).is_some_and(|c| c.kind != Kind::Free) {
-            self.free_hint += 1;
-        }
-        for &(zone, first) in &self.zones {
-            let end = first + zone.chunks;
-            let mut start = first.max(self.free_hint);
-            let mut at = start;
-            while at < end && end - start >= wanted {
-                let chunk = &self.chunks[at as usize];
-                match chunk.kind {
-                    Kind::Free => at += 1,
-                    Kind::Rest(_) => (at, start) = (at + 1, at + 1),
-                    _ => (at, start) = (at + chunk.chunks, at + chunk.chunks),
-                }
-                if at - start == wanted {
-                    return Some(start);
-                }
-            }
-        }
-        None
-    }
-
-    /// Makes the chunks of empty runs free.
-    #[cold]
-    fn collect_empty(&mut self, media: &Media, table: &Table) {
-        if !self.read_all {
-            self.read_all = true;
-            for chunk in 0..self.chunks.len() as u32 {
-                self.read_bits(media, chunk);
-            }
-        }
-        while let Some(run) = self.empty.pop() {
-            let chunk = &self.chunks[run as usize];
-            if chunk.kind == Kind::Run && chunk.free == chunk.slots && chunk.bits.is_some() {
-                let stale = !chunk.fresh;
-                self.free_chunks_of(run, table, stale);
-            }
-        }
-    }
-
-    /// Marks all chunks of `head` free.
-    fn free_chunks_of(&mut self, head: u32, table: &Table, stale: bool) {
-        let chunks = self.chunks[head as usize].chunks;
-        let (number, _, local) = self.place(head);
-        for distance in 0..chunks {
-            let chunk = &mut self.chunks[(head + distance) as usize];
-            let stale = chunk.stale || (stale && distance == 0);
-            *chunk = Chunk { stale, backed: chunk.backed, ..FREE_CHUNK };
-            table.set_back(number, local + distance, 0);
-        }
-        self.free_chunks += chunks;
-        self.free_hint = self.free_hint.min(head);
-    }
-
-    /// Logs what the file must learn of the slot's chunks before, or with, its mark.
-    pub(crate) fn log_fresh(&self, slot: &Slot, ops: &mut Ops) {
-        let head = &self.chunks[slot.chunk as usize];
-        if !head.fresh {
-            return;
-        }
-        let (_, zone, local) = self.place(slot.chunk);
-        for distance in 1..head.chunks {
-            if self.chunks[(slot.chunk + distance) as usize].stale {
-                ops.set(zone.entry(local + distance), 0);
-            }
-        }
-        let entry = match head.kind {
-            Kind::Run => Entry::Run { chunks: head.chunks, slot: head.slot },
-            _ => Entry::Large { chunks: head.chunks },
-        };
-        ops.entry(zone.entry(local), zone.bitmap(local), entry.encode(), head.fingerprint);
-    }
-
-    /// What was logged for the slot is in the file.
-    pub(crate) fn confirm(&mut self, slot: &Slot) {
-        for distance in 0..self.chunks[slot.chunk as usize].chunks {
-            self.chunks[(slot.chunk + distance) as usize].stale = false;
-        }
-        self.chunks[slot.chunk as usize].fresh = false;
     }
 
     /// To be called before a live object is freed in the file.
@@ -594,19 +382,31 @@ impl Heap {
         }
         let index = ((offset - zone.chunk(local)) / u64::from(chunk.slot)) as u32;
         let word = index / 64;
-        let Some(bits) = chunk.bits.as_mut() else { return 0 };
+        // What was not read yet will be read as it is by then.
+        let Some(bits) = chunk.bits.as_mut() else { return chunk.slot.into() };
         debug_assert!(bits[word as usize] & 1 << (index % 64) != 0, "released twice: {offset:#x}");
         bits[word as usize] &= !(1 << (index % 64));
         chunk.hint = chunk.hint.min(word);
         chunk.free += 1;
-        let (free, slots, bin, size) = (chunk.free, chunk.slots, chunk.bin, chunk.slot);
-        if free == 1 {
-            self.bins[bin as usize].open.push(head);
+        let size = chunk.slot.into();
+        if !chunk.in_open || chunk.free == chunk.slots {
+            self.list(head);
         }
-        if free == slots {
-            self.empty.push(head);
+        size
+    }
+
+    /// Puts a run that has room into the lists where it will be looked for.
+    #[inline]
+    fn list(&mut self, run: u32) {
+        let chunk = &mut self.chunks[run as usize];
+        if !chunk.in_open && chunk.free > 0 {
+            chunk.in_open = true;
+            self.bins[chunk.bin as usize].open.push(run);
         }
-        size.into()
+        if !chunk.in_empty && chunk.free == chunk.slots {
+            chunk.in_empty = true;
+            self.empty.push(run);
+        }
     }
 
     /// The size of the slot at `offset` if it is reserved or live and of type `fingerprint`.
@@ -648,37 +448,6 @@ impl Heap {
                 }
             }
         }
-    }
-
-    /// Gives the disk space of free chunks back, but for `keep` bytes of them.
-    pub(crate) fn punch_free(&mut self, media: &Media, table: &Table, keep: u64) {
-        self.collect_empty(media, table);
-        let mut kept = 0;
-        for number in 0..self.chunks.len() {
-            if self.chunks[number].kind != Kind::Free {
-                continue;
-            }
-            if kept + CHUNK <= keep && self.chunks[number].backed {
-                kept += CHUNK;
-                continue;
-            }
-            let (_, zone, local) = self.place(number as u32);
-            media.punch(zone.chunk(local), CHUNK);
-            self.chunks[number].backed = false;
-        }
-    }
-
-    /// Bytes of free chunks, and of the longest row of them.
-    pub(crate) fn free_space(&self) -> (u64, u64) {
-        let mut longest = 0;
-        for &(zone, first) in &self.zones {
-            let mut row = 0;
-            for chunk in &self.chunks[first as usize..(first + zone.chunks) as usize] {
-                row = if chunk.kind == Kind::Free { row + 1 } else { 0 };
-                longest = longest.max(row);
-            }
-        }
-        (u64::from(self.free_chunks) * CHUNK, longest * CHUNK)
     }
 }
 

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, RwLock};
 
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::format::{CHUNK, Counter, Header, internal};
 use super::heap::Heap;
@@ -76,7 +76,6 @@ pub(crate) struct Inner {
     pub(crate) tracking: AtomicBool,
     /// Whether the pool was destroyed through the common interface; what is under way ends as it would have.
     destroyed: AtomicBool,
-    transactions: AtomicU64,
 }
 
 /// What opening found out.
@@ -103,7 +102,7 @@ impl Inner {
             deferred: Vec::new(),
         };
         Self {
-            journal: Journal::new(&header, durability == Durability::Power),
+            journal: Journal::new(&header),
             config: PoolConfig::default_cpu().path(&path).initial_size(header.file_len() as usize),
             identity: header.identity,
             name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
@@ -114,7 +113,6 @@ impl Inner {
             names: RwLock::new(names),
             tracking: AtomicBool::new(true),
             destroyed: AtomicBool::new(false),
-            transactions: AtomicU64::new(1),
             media,
             table,
             durability,
@@ -149,11 +147,6 @@ impl Inner {
         }
         self.destroyed.store(true, Ordering::Relaxed);
         Ok(())
-    }
-
-    #[inline]
-    pub(crate) fn next_transaction(&self) -> u64 {
-        self.transactions.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Whether a pointer is one of this pool at all.

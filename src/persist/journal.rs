@@ -35,6 +35,8 @@ use crate::base::error::{Error, Refusal, Result};
 pub(crate) struct Ops {
     words: Vec<u64>,
     count: usize,
+    /// Where the last operation begins.
+    last: usize,
 }
 
 /// One operation.
@@ -52,41 +54,58 @@ pub(crate) enum Op<'a> {
 const CHECKED: u64 = 1 << 30;
 
 impl Ops {
-    fn push(&mut self, kind: u64, at: u64, operands: &[u64]) {
+    #[inline]
+    fn push<const N: usize>(&mut self, kind: u64, at: u64, operands: [u64; N]) {
         self.count += 1;
+        self.last = self.words.len();
+        self.words.reserve(2 + N);
         self.words.extend_from_slice(&[kind, at]);
-        self.words.extend_from_slice(operands);
+        self.words.extend_from_slice(&operands);
     }
 
     pub(crate) fn set(&mut self, at: u64, value: u64) {
-        self.push(1, at, &[value]);
+        self.push(1, at, [value]);
     }
 
+    #[inline]
     pub(crate) fn set_bits(&mut self, at: u64, mask: u64) {
-        self.push(2, at, &[mask]);
+        self.bits(2, at, mask);
     }
 
+    #[inline]
     pub(crate) fn clear_bits(&mut self, at: u64, mask: u64) {
-        self.push(3, at, &[mask]);
+        self.bits(3, at, mask);
+    }
+
+    /// Neighbours are often set or cleared together.
+    #[inline]
+    fn bits(&mut self, kind: u64, at: u64, mask: u64) {
+        match self.words.get_mut(self.last..) {
+            Some([last, place, bits]) if (*last, *place) == (kind, at) => *bits |= mask,
+            _ => self.push(kind, at, [mask]),
+        }
     }
 
     pub(crate) fn write(&mut self, at: u64, words: &[u64]) {
         match *words {
             [value] => self.set(at, value),
-            _ => self.push(4 | (words.len() as u64 * 8) << 32, at, words),
+            _ => {
+                self.push(4 | (words.len() as u64 * 8) << 32, at, []);
+                self.words.extend_from_slice(words);
+            }
         }
     }
 
     /// Sets a table entry, and clears the bitmap with it, unless it is set already.
     pub(crate) fn entry(&mut self, at: u64, bitmap: u64, word: u64, fingerprint: u64) {
-        self.push(5, at, &[bitmap, word, fingerprint]);
+        self.push(5, at, [bitmap, word, fingerprint]);
     }
 
     /// Makes the record depend on words that were written in place.
     pub(crate) fn check(&mut self, media: &Media, mut at: u64, mut len: u64) {
         while len > 0 {
             let piece = len.min(CHECKED);
-            self.push(6 | piece << 32, at, &[sum_of(media, at, piece)]);
+            self.push(6 | piece << 32, at, [sum_of(media, at, piece)]);
             (at, len) = (at + piece, len - piece);
         }
     }
@@ -97,7 +116,17 @@ impl Ops {
 
     pub(crate) fn clear(&mut self) {
         self.words.clear();
-        self.count = 0;
+        (self.count, self.last) = (0, 0);
+    }
+
+    /// The encoded operations.
+    pub(crate) fn body(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Whether it is one word, which changes whole or not at all.
+    fn is_one_word(&self) -> bool {
+        self.count == 1 && self.words.first().is_some_and(|kind| *kind <= 3)
     }
 }
 
@@ -237,14 +266,21 @@ struct Group {
     spare: Vec<Vec<u64>>,
 }
 
+/// Where a record is that is safe and not cleared yet.
+#[derive(Debug)]
+pub(crate) enum Safe {
+    /// One word needs no record.
+    None,
+    /// In a lane, its body perhaps in a block of its own.
+    Lane { number: u32, block: u64 },
+}
+
 /// The log of an open pool.
 pub(crate) struct Journal {
     identity: u64,
     lanes: Box<[Lane]>,
-    power: bool,
     group: Mutex<Group>,
     wake: Condvar,
-    records: AtomicU64,
 }
 
 impl core::fmt::Debug for Journal {
@@ -255,102 +291,66 @@ impl core::fmt::Debug for Journal {
 
 impl Journal {
     /// The log of a recovered pool: every lane is empty.
-    pub(crate) fn new(header: &Header, power: bool) -> Self {
+    pub(crate) fn new(header: &Header) -> Self {
         let lane = |i| Lane { at: header.lane(i), busy: AtomicBool::new(false), sequence: AtomicU64::new(1) };
         Self {
             identity: header.identity,
             lanes: (0..header.lanes).map(lane).collect(),
-            power,
             group: Mutex::new(Group {
                 sequence: 1,
                 free: (0..header.lanes).rev().collect(),
                 ..Group::default()
             }),
             wake: Condvar::new(),
-            records: AtomicU64::new(0),
         }
     }
 
     /// Records committed since opening.
     pub(crate) fn records(&self) -> u64 {
-        self.records.load(Ordering::Relaxed)
+        let alone: u64 = self.lanes.iter().map(|lane| lane.sequence.load(Ordering::Relaxed) - 1).sum();
+        alone + self.lock().sequence - 1
     }
 
-    /// Makes the operations happen, all or none; on return they have, as safely as the pool's durability
-    /// says. `ops` is empty afterwards.
-    ///
-    /// # Safety
-    /// The operations lie in the file, and what they change is locked by the caller, so that only readers
-    /// who hold the gate look at it.
-    pub(crate) unsafe fn commit(
-        &self,
-        media: &Media,
-        gate: &RwLock<()>,
-        overflow: &dyn Overflow,
-        ops: &mut Ops,
-    ) -> Result<()> {
+    /// Writes a record under process crash or DAX; when it returns, the record is safe. [`Safe::None`] where
+    /// the operations need none.
+    #[inline]
+    pub(crate) fn write(&self, media: &Media, overflow: &dyn Overflow, ops: &Ops) -> Result<Safe> {
         media.check_usable()?;
-        if self.power {
-            self.commit_group(media, gate, overflow, ops)
-        } else {
-            // SAFETY: the caller's contract.
-            unsafe { self.commit_alone(media, gate, overflow, ops) }
-        }
-    }
-
-    unsafe fn commit_alone(
-        &self,
-        media: &Media,
-        gate: &RwLock<()>,
-        overflow: &dyn Overflow,
-        ops: &mut Ops,
-    ) -> Result<()> {
+        // What was written in place comes before what makes it reachable.
         media.fence();
-        if ops.count == 1 && ops.words[0] <= 3 {
-            // One word changes whole or not at all.
-            let gate = enter(gate);
-            // SAFETY: the caller's contract, and the gate keeps readers out.
-            unsafe { apply(media, &ops.words) };
-            drop(gate);
-            media.fence();
-            ops.clear();
-            return Ok(());
+        if ops.is_one_word() {
+            return Ok(Safe::None);
         }
         let number = self.claim();
         let lane = &self.lanes[number as usize];
-        let sequence = lane.sequence.load(Ordering::Relaxed);
-        lane.sequence.store(sequence + 1, Ordering::Relaxed);
-        let outcome = self.write_body(media, lane, overflow, &ops.words).map(|(body_sum, block)| {
-            let gate = self.write_header(
-                media,
-                number,
-                [sequence, 0, body_sum, ops.words.len() as u64 * 8, block, 0],
-            );
-            media.fence();
-            gate
-        });
-        let block = match outcome {
-            Ok(block) => block,
+        match self.write_body(media, lane, overflow, &ops.words) {
+            Ok((body_sum, block)) => {
+                let sequence = lane.sequence.load(Ordering::Relaxed);
+                lane.sequence.store(sequence + 1, Ordering::Relaxed);
+                let bytes = ops.words.len() as u64 * 8;
+                self.write_header(media, number, [sequence, 0, body_sum, bytes, block, 0]);
+                media.fence();
+                Ok(Safe::Lane { number, block })
+            }
             Err(error) => {
                 lane.busy.store(false, Ordering::Release);
-                return Err(error);
+                Err(error)
             }
-        };
-        let entered = enter(gate);
-        // SAFETY: the caller's contract, and the gate keeps readers out.
-        unsafe { apply(media, &ops.words) };
+        }
+    }
+
+    /// Forgets a record that was applied. Returns the block that held its body, if any, to be released.
+    #[inline]
+    pub(crate) fn clear(&self, media: &Media, record: &Safe) -> Option<u64> {
         media.fence();
-        drop(entered);
+        let Safe::Lane { number, block } = *record else { return None };
+        let lane = &self.lanes[number as usize];
         // SAFETY: the lane is ours while busy.
         unsafe { media.store(lane.at + 8, 0) };
         media.flush(lane.at, 16);
         media.fence();
         lane.busy.store(false, Ordering::Release);
-        if block != 0 {
-            overflow.release(block);
-        }
-        ops.clear();
-        Ok(())
+        (block != 0).then_some(block)
     }
 
     /// A lane for this thread alone.
@@ -382,22 +382,21 @@ impl Journal {
         let bytes = body.len() * 8;
         let block = if bytes as u64 <= LANE_SIZE - LANE_HEADER { 0 } else { overflow.reserve(bytes)? };
         let at = if block == 0 { lane.at + LANE_HEADER } else { block };
+        let mut sum = Checksum::new(self.identity);
         // SAFETY: the lane or block is ours alone.
-        unsafe { media.store_words(at, body) };
+        unsafe { media.store_words_and(at, body, |word| sum = sum.add(word)) };
         media.flush(at, bytes);
-        Ok((Checksum::of(self.identity, body), block))
+        Ok((sum.finish(), block))
     }
 
-    /// Completes the record; gives back the block of its body.
-    fn write_header(&self, media: &Media, number: u32, words: [u64; 6]) -> u64 {
+    /// Completes the record.
+    fn write_header(&self, media: &Media, number: u32, words: [u64; 6]) {
         let [sequence, settled, body_sum, bytes, block, group] = words;
         let sum = header_sum(self.identity, number, &words);
         let at = self.lanes[number as usize].at;
         // SAFETY: the lane is ours alone.
         unsafe { media.store_words(at, &[sum, sequence, settled, body_sum, bytes, block, group]) };
         media.flush(at, LANE_HEADER as usize);
-        self.records.fetch_add(1, Ordering::Relaxed);
-        block
     }
 
     fn lock(&self) -> MutexGuard<'_, Group> {
@@ -408,13 +407,20 @@ impl Journal {
         self.wake.wait(group).unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn commit_group(
+    /// Makes the operations happen under power, all or none; on return they have and are durable. `ops` is
+    /// empty afterwards.
+    ///
+    /// # Safety
+    /// The operations lie in the file, and what they change is locked by the caller, so that only readers
+    /// who hold the gate look at it.
+    pub(crate) unsafe fn commit(
         &self,
         media: &Media,
         gate: &RwLock<()>,
         overflow: &dyn Overflow,
         ops: &mut Ops,
     ) -> Result<()> {
+        media.check_usable()?;
         let mut group = self.lock();
         let lane = loop {
             if let Some(lane) = group.free.pop() {
@@ -520,7 +526,8 @@ impl Journal {
     }
 }
 
-fn enter(gate: &RwLock<()>) -> std::sync::RwLockWriteGuard<'_, ()> {
+/// Keeps readers out.
+pub(crate) fn enter(gate: &RwLock<()>) -> std::sync::RwLockWriteGuard<'_, ()> {
     gate.write().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
@@ -542,7 +549,7 @@ mod tests {
         ops.clear_bits(24, 3);
         ops.write(32, &[4, 5, 6]);
         ops.entry(64, 72, 7, 8);
-        ops.push(6 | 16 << 32, 80, &[9]);
+        ops.push(6 | 16 << 32, 80, [9]);
         let all: Vec<_> = parse(&ops.words).collect();
         assert_eq!(all.len(), ops.count);
         assert_eq!(all[3], Some(Op::Write { at: 32, words: &[4, 5, 6] }));

@@ -10,7 +10,7 @@ use core::mem::offset_of;
 use core::ptr::NonNull;
 
 use super::array::{Block, Element};
-use super::heap::Fold;
+use super::fold::Fold;
 use super::ptr::{Handle, PBox, PRef, PRefMut, sealed};
 use super::read::{Access, Place, reference};
 use super::tx::{Transaction, check_value};

@@ -45,6 +45,34 @@ pub enum Durability {
     Dax,
 }
 
+/// How a range gets its disk space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// Blocks of the file system, not written to.
+    Reserved,
+    /// Small ranges are filled with zeros, page by page. That costs the next sync more and all later ones
+    /// less: blocks that are merely reserved make each first sync of a page wait for the file system's
+    /// journal, and a file filled in large pieces is written back in large pieces.
+    ZeroedPages,
+    /// Small ranges are filled with zeros in large pieces, which makes the first write to each of their pages
+    /// cheaper. For where nobody waits for syncs.
+    Zeroed,
+}
+
+impl Backing {
+    /// What suits a pool of that durability.
+    pub(crate) fn of(durability: Durability) -> Self {
+        match durability {
+            Durability::Power => Self::ZeroedPages,
+            Durability::ProcessCrash => Self::Zeroed,
+            Durability::Dax => Self::Reserved,
+        }
+    }
+}
+
+/// Larger ranges are reserved only.
+const MOST_ZEROED: u64 = 8 * CHUNK;
+
 /// Counts forks of this process, so that a child notices that a pool is its parent's.
 static FORKS: AtomicU32 = AtomicU32::new(0);
 
@@ -108,6 +136,12 @@ fn check_size_limit(len: u64) -> Result<()> {
 pub(crate) fn set_len(file: &File, len: u64) -> Result<()> {
     check_size_limit(len)?;
     file.set_len(len).map_err(|e| Error::io("ftruncate", &e))
+}
+
+#[cold]
+#[inline(never)]
+fn outside(offset: u64, len: usize) -> ! {
+    panic!("{len} bytes at {offset:#x} are not words of the pool")
 }
 
 /// A mapped, locked file.
@@ -238,24 +272,36 @@ impl Media {
     /// The place of `len` bytes at `offset`, which lie in the file; panics where they do not.
     #[inline]
     pub(crate) fn at(&self, offset: u64, len: usize) -> NonNull<u8> {
-        let end = (offset as usize).checked_add(len);
-        assert!(end.is_some_and(|end| end <= self.len.load(Ordering::Relaxed)), "offset {offset:#x} + {len}");
+        let held = self.len.load(Ordering::Relaxed);
+        if len > held || offset as usize > held - len {
+            outside(offset, len);
+        }
         // SAFETY: invariant 1.
         unsafe { self.base.add(offset as usize) }
     }
 
+    /// The words at `offset`.
     #[inline]
-    fn word(&self, offset: u64) -> &AtomicU64 {
-        assert!(offset.is_multiple_of(8));
+    fn words<const N: usize>(&self, offset: u64) -> &[AtomicU64; N] {
+        if !offset.is_multiple_of(8) {
+            outside(offset, N * 8);
+        }
         // SAFETY: `at` checked the range, the base is aligned, and by invariant 3 words are accessed
         // atomically here.
-        unsafe { self.at(offset, 8).cast::<AtomicU64>().as_ref() }
+        unsafe { self.at(offset, N * 8).cast::<[AtomicU64; N]>().as_ref() }
     }
 
     /// The word at `offset`.
     #[inline]
     pub(crate) fn load(&self, offset: u64) -> u64 {
-        self.word(offset).load(Ordering::Relaxed)
+        self.words::<1>(offset)[0].load(Ordering::Relaxed)
+    }
+
+    /// The two words at `offset`.
+    #[inline]
+    pub(crate) fn load_pair(&self, offset: u64) -> [u64; 2] {
+        let [first, second] = self.words::<2>(offset);
+        [first.load(Ordering::Relaxed), second.load(Ordering::Relaxed)]
     }
 
     /// Sets the word at `offset`. Stores become visible, and survive the process, in program order.
@@ -264,7 +310,7 @@ impl Media {
     /// Nobody holds a reference to it, and nobody else writes it now.
     #[inline]
     pub(crate) unsafe fn store(&self, offset: u64, value: u64) {
-        self.word(offset).store(value, Ordering::Release);
+        self.words::<1>(offset)[0].store(value, Ordering::Release);
         #[cfg(test)]
         self.trace.store(offset, &value.to_le_bytes());
     }
@@ -272,23 +318,21 @@ impl Media {
     /// Sets bits of the word at `offset`.
     ///
     /// # Safety
-    /// Nobody holds a reference to it; bits that others change at the same time are not lost.
+    /// As for [`store`](Self::store).
     #[inline]
     pub(crate) unsafe fn set_bits(&self, offset: u64, mask: u64) {
-        self.word(offset).fetch_or(mask, Ordering::Release);
-        #[cfg(test)]
-        self.trace.store(offset, &self.load(offset).to_le_bytes());
+        // SAFETY: the caller's contract.
+        unsafe { self.store(offset, self.load(offset) | mask) };
     }
 
     /// Clears bits of the word at `offset`.
     ///
     /// # Safety
-    /// As for [`set_bits`](Self::set_bits).
+    /// As for [`store`](Self::store).
     #[inline]
     pub(crate) unsafe fn clear_bits(&self, offset: u64, mask: u64) {
-        self.word(offset).fetch_and(!mask, Ordering::Release);
-        #[cfg(test)]
-        self.trace.store(offset, &self.load(offset).to_le_bytes());
+        // SAFETY: the caller's contract.
+        unsafe { self.store(offset, self.load(offset) & !mask) };
     }
 
     /// Writes whole words.
@@ -297,9 +341,20 @@ impl Media {
     /// As for [`store`](Self::store), for all of them.
     #[inline]
     pub(crate) unsafe fn store_words(&self, offset: u64, words: &[u64]) {
+        // SAFETY: the caller's contract.
+        unsafe { self.store_words_and(offset, words, |_| {}) };
+    }
+
+    /// Writes whole words, and shows each to `also`.
+    ///
+    /// # Safety
+    /// As for [`store`](Self::store), for all of them.
+    #[inline]
+    pub(crate) unsafe fn store_words_and(&self, offset: u64, words: &[u64], mut also: impl FnMut(u64)) {
         assert!(offset.is_multiple_of(8));
         let place = self.at(offset, words.len() * 8).cast::<AtomicU64>();
         for (i, &word) in words.iter().enumerate() {
+            also(word);
             // SAFETY: `at` checked the range; invariant 3.
             unsafe { place.add(i).as_ref().store(word, Ordering::Relaxed) };
         }
@@ -316,6 +371,20 @@ impl Media {
         for (i, word) in words.iter_mut().enumerate() {
             // SAFETY: `at` checked the range; invariant 3.
             *word = unsafe { place.add(i).as_ref().load(Ordering::Relaxed) };
+        }
+    }
+
+    /// Copies words to `target`.
+    ///
+    /// # Safety
+    /// `target` has room for them, aligned to 8, and nobody else uses it.
+    #[inline]
+    pub(crate) unsafe fn copy_words(&self, offset: u64, target: NonNull<u64>, words: usize) {
+        assert!(offset.is_multiple_of(8));
+        let place = self.at(offset, words * 8).cast::<AtomicU64>();
+        for i in 0..words {
+            // SAFETY: `at` checked the range; invariant 3; the caller's contract for the target.
+            unsafe { target.add(i).write(place.add(i).as_ref().load(Ordering::Relaxed)) };
         }
     }
 
@@ -391,11 +460,8 @@ impl Media {
     }
 
     /// Gives the range disk space, so that writing to it cannot fail later (in a mapping that is a signal).
-    /// `zero`: fill small ranges with zeros, in pages. That costs the next sync more and all later ones
-    /// less: blocks that are merely reserved make each first sync of a page wait for the file system's
-    /// journal, and a file filled in large pieces is written back in large pieces. Only for ranges whose
-    /// contents are not needed.
-    pub(crate) fn back(&self, offset: u64, len: u64, zero: bool) -> Result<()> {
+    /// Only for ranges whose contents are not needed.
+    pub(crate) fn back(&self, offset: u64, len: u64, how: Backing) -> Result<()> {
         let end = offset + len;
         let full = |e: std::io::Error| match e.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => Error::oom(len as usize, OomReason::Source),
@@ -405,7 +471,7 @@ impl Media {
         #[cfg(test)]
         self.trace.back().map_err(full)?;
         #[cfg(target_os = "linux")]
-        if !(zero && len <= CHUNK) {
+        if how == Backing::Reserved || len > MOST_ZEROED {
             // SAFETY: plain system call on our descriptor.
             let rc = unsafe {
                 libc::fallocate(self.file.as_raw_fd(), 0, offset as libc::off_t, len as libc::off_t)
@@ -417,11 +483,12 @@ impl Media {
                 _ => return Err(full(error)),
             }
         }
-        let zeros = [0u8; PAGE as usize];
+        static ZEROS: [u8; CHUNK as usize] = [0; CHUNK as usize];
+        let most = if how == Backing::ZeroedPages { PAGE } else { CHUNK };
         let mut at = offset;
         while at < end {
-            let piece = (end - at).min(PAGE) as usize;
-            std::os::unix::fs::FileExt::write_all_at(&self.file, &zeros[..piece], at).map_err(full)?;
+            let piece = (end - at).min(most) as usize;
+            std::os::unix::fs::FileExt::write_all_at(&self.file, &ZEROS[..piece], at).map_err(full)?;
             at += piece as u64;
         }
         #[cfg(test)]

@@ -5,7 +5,7 @@
 //! | `format` | the file, byte by byte |
 //! | `media`, `flush` | the mapped, locked file; syncs and flush instructions |
 //! | `table` | what lies at an offset, without a lock |
-//! | `heap` | what may be handed out: an index in memory over the bitmaps in the file |
+//! | `heap`, `fold` | what may be handed out: an index in memory over the bitmaps in the file; its hash |
 //! | `journal`, `recover` | records in the log: written, applied, applied again after a crash |
 //! | `locks`, `context`, `arena`, `tx`, `txapi` | transactions |
 //! | `read`, `ptr`, `types`, `roots` | references, pointers, what may be stored, named roots |
@@ -22,6 +22,7 @@ mod crash;
 #[cfg(test)]
 mod damage;
 mod flush;
+mod fold;
 mod format;
 mod heap;
 mod inner;

@@ -14,7 +14,7 @@ use super::format::{
 };
 use super::heap::Heap;
 use super::inner::{Inner, Parts};
-use super::media::{Access, Durability, Media, open_locked, set_len};
+use super::media::{Access, Backing, Durability, Media, open_locked, set_len};
 use super::read::Reader;
 use super::recover::read_log;
 use super::roots;
@@ -202,8 +202,8 @@ impl PersistentPool {
             media.sync()?;
         }
         let table = Table::new(&header.zones);
-        let zero_fill = durability == Durability::Power;
-        let heap = Heap::new(&media, &table, &header.zones, zero_fill, read_only)?;
+        let backing = Backing::of(durability);
+        let heap = Heap::new(&media, &table, &header.zones, backing, read_only)?;
         let replayed = log.records.len();
         let parts = Parts {
             media,
@@ -236,7 +236,7 @@ impl PersistentPool {
     /// A pool to be looked at, of which the log was read.
     pub(crate) fn assemble_lenient(media: Media, header: Header, path: &Path) -> Result<Self> {
         let table = Table::new(&header.zones);
-        let heap = Heap::new(&media, &table, &header.zones, false, true)?;
+        let heap = Heap::new(&media, &table, &header.zones, Backing::Reserved, true)?;
         let durability = Durability::ProcessCrash;
         let (names, path, replayed) = (HashMap::new(), path.to_owned(), 0);
         let parts = Parts { media, table, heap, header, durability, names, path, replayed };
@@ -316,7 +316,7 @@ impl PersistentPool {
         let zone = Zone { start, chunks: chunks as u32 };
         // The extension is durable before anything speaks of it.
         inner.media.grow(zone.end())?;
-        inner.media.back(zone.start, zone.data() - zone.start, false)?;
+        inner.media.back(zone.start, zone.data() - zone.start, Backing::Reserved)?;
         inner.media.sync()?;
         let mut grown = header.clone();
         grown.zones.push(zone);
@@ -474,11 +474,11 @@ fn fill(file: File, header: &Header, durability: Durability) -> Result<Media> {
     let media = Media::map(file, header.file_len(), true, durability)?;
     let mut at = 0;
     while at < header.log_end() {
-        media.back(at, CHUNK.min(header.log_end() - at), true)?;
+        media.back(at, CHUNK.min(header.log_end() - at), Backing::ZeroedPages)?;
         at += CHUNK;
     }
     let zone = header.zones[0];
-    media.back(zone.start, zone.data() - zone.start, false)?;
+    media.back(zone.start, zone.data() - zone.start, Backing::Reserved)?;
     media.sync()?;
     write_header(&media, header)?;
     Ok(media)

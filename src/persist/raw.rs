@@ -11,7 +11,6 @@ use core::sync::atomic::Ordering;
 
 use super::context;
 use super::format::internal::{RAW, SCRATCH};
-use super::heap::SlotMark;
 use super::inner::{Inner, Tally};
 use super::media::Durability;
 use super::pool::PersistentPool;
@@ -49,14 +48,13 @@ impl Inner {
                 .heap
                 .reserve(&self.media, &self.table, RAW, layout.size(), layout.align(), false)
                 .inspect_err(|_| books.failures += 1)?;
-            if let SlotMark::Bit { word, mask } = slot.mark
+            if let Mark::Bit { word, mask } = slot.mark
                 && !slot.fresh
             {
                 let tally = Tally { allocations: 1, bytes: slot.size, ..Tally::default() };
                 self.count(&mut books, tally);
-                drop(books);
                 // One bit makes it live. No reader has references to raw blocks, so the gate is not needed.
-                // SAFETY: a word of a bitmap, changed atomically.
+                // SAFETY: words of bitmaps change under the lock of the heap only.
                 unsafe { self.media.set_bits(word, mask) };
                 return Ok((slot.offset, slot.size));
             }
@@ -75,10 +73,9 @@ impl Inner {
         let (object, mark) = self.live(offset, RAW)?;
         if let (Durability::ProcessCrash, Mark::Bit { word, mask }) = (self.durability, mark) {
             self.media.check_usable()?;
-            self.heap.lock().prepare_free(&self.media, offset);
+            let mut books = self.heap.lock();
             // SAFETY: as in `allocate_raw`.
             unsafe { self.media.clear_bits(word, mask) };
-            let mut books = self.heap.lock();
             books.heap.release(&self.table, offset);
             self.count(&mut books, Tally { frees: 1, freed_bytes: object.size, ..Tally::default() });
             return Ok(());
@@ -95,13 +92,14 @@ impl Inner {
         if !self.media.is_ours() {
             return;
         }
-        let mut books = self.heap.lock();
-        if books.held(offset, SCRATCH).is_some() {
-            books.heap.release(&self.table, offset);
+        if self.live(offset, RAW).is_err() {
+            let mut books = self.heap.lock();
+            if books.held(offset, SCRATCH).is_some() {
+                books.heap.release(&self.table, offset);
+            }
         } else if context::current(self).reads {
-            books.deferred.push(offset);
+            self.heap.lock().deferred.push(offset);
         } else {
-            drop(books);
             let _ = self.free_raw(offset);
         }
     }

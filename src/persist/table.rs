@@ -11,7 +11,7 @@
 use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::OnceLock;
 
-use super::format::{CHUNK, Entry, MAX_ZONES, Zone};
+use super::format::{BITMAP, CHUNK, Entry, MAX_SLOTS, MAX_ZONES, Zone};
 use super::media::Media;
 
 /// A live object.
@@ -35,6 +35,10 @@ pub(crate) enum Mark {
 #[derive(Debug)]
 struct ZoneTable {
     zone: Zone,
+    /// Where its bitmaps begin, its chunks, and where it ends.
+    bitmaps: u64,
+    data: u64,
+    end: u64,
     back: Box<[AtomicU32]>,
 }
 
@@ -57,7 +61,8 @@ impl Table {
     pub(crate) fn add(&self, zone: Zone) {
         let at = self.count.load(Ordering::Relaxed);
         let back = (0..zone.chunks).map(|_| AtomicU32::new(0)).collect();
-        let added = self.zones[at].set(ZoneTable { zone, back });
+        let (bitmaps, data, end) = (zone.bitmap(0), zone.data(), zone.end());
+        let added = self.zones[at].set(ZoneTable { zone, bitmaps, data, end, back });
         debug_assert!(added.is_ok());
         self.count.store(at + 1, Ordering::Release);
     }
@@ -77,44 +82,37 @@ impl Table {
         }
     }
 
-    /// The object that begins at `offset`, live or not, and where it is marked.
     #[inline]
-    fn place(&self, media: &Media, offset: u64) -> Option<(Object, Mark)> {
-        let table = self.all().find(|t| offset < t.zone.end())?;
-        let zone = &table.zone;
-        let chunk = (offset.checked_sub(zone.data())? / CHUNK) as u32;
-        let head = chunk.checked_sub(table.back[chunk as usize].load(Ordering::Acquire))?;
-        let at = zone.entry(head);
-        let inside = offset - zone.chunk(head);
-        match Entry::decode(media.load(at), zone.chunks - head)? {
-            Entry::Run { chunks, slot } if chunk - head < chunks => {
-                // 32 bits: a run is at most 16 MiB, and this is on every access.
-                let (index, rest) = (inside as u32 / slot, inside as u32 % slot);
-                let slots = (u64::from(chunks) * CHUNK) as u32 / slot;
-                if rest != 0 || index >= slots {
-                    return None;
-                }
-                let word = zone.bitmap(head) + u64::from(index / 64) * 8;
-                let object = Object { offset, size: slot.into(), fingerprint: media.load(at + 8) };
-                Some((object, Mark::Bit { word, mask: 1 << (index % 64) }))
-            }
-            Entry::Large { chunks } if inside == 0 => {
-                let size = u64::from(chunks) * CHUNK;
-                Some((Object { offset, size, fingerprint: media.load(at + 8) }, Mark::Entry { at }))
-            }
-            _ => None,
-        }
+    fn zone_of(&self, offset: u64) -> Option<&ZoneTable> {
+        let first = self.zones[0].get()?;
+        if offset < first.end { Some(first) } else { self.all().find(|table| offset < table.end) }
     }
 
     /// The live object that begins at `offset`.
     #[inline]
     pub(crate) fn live(&self, media: &Media, offset: u64) -> Option<(Object, Mark)> {
-        let (object, mark) = self.place(media, offset)?;
-        let live = match mark {
-            Mark::Bit { word, mask } => media.load(word) & mask != 0,
-            Mark::Entry { .. } => true,
-        };
-        live.then_some((object, mark))
+        let table = self.zone_of(offset)?;
+        let chunk = (offset.checked_sub(table.data)? / CHUNK) as u32;
+        let head = chunk.checked_sub(table.back.get(chunk as usize)?.load(Ordering::Acquire))?;
+        let at = table.zone.entry(head);
+        let inside = offset - table.data - u64::from(head) * CHUNK;
+        let [word, fingerprint] = media.load_pair(at);
+        // By invariant 1 an entry is free, or one that can stand there.
+        let (kind, chunks, slot) = Entry::fields(word);
+        if kind == Entry::RUN {
+            // 32 bits: a run is at most 16 MiB, and this is on every access.
+            let (index, rest) = (inside as u32).checked_div(slot).zip((inside as u32).checked_rem(slot))?;
+            let bit = u64::from(index % 64);
+            let word = table.bitmaps + u64::from(head) * BITMAP + u64::from(index / 64) * 8;
+            let within = inside < u64::from(chunks) * CHUNK && u64::from(index) < MAX_SLOTS;
+            // Bits behind the last slot are never set in the file by this pool; a forged one is behind the end.
+            let last = (u64::from(index) + 1) * u64::from(slot) <= u64::from(chunks) * CHUNK;
+            let live = within && last && rest == 0 && media.load(word) >> bit & 1 != 0;
+            let object = Object { offset, size: slot.into(), fingerprint };
+            return live.then_some((object, Mark::Bit { word, mask: 1 << bit }));
+        }
+        let object = Object { offset, size: u64::from(chunks) * CHUNK, fingerprint };
+        (kind == Entry::LARGE && inside == 0).then_some((object, Mark::Entry { at }))
     }
 
     /// Calls `visit` with every live object, zone by zone, chunk by chunk; stops when it says `false`.

@@ -15,145 +15,27 @@
 //! 4. A value belongs to one thread: it is neither `Send` nor `Sync`.
 
 mod commit;
+mod image;
+mod work;
 
 use core::cell::{Cell, RefCell};
+use core::mem::ManuallyDrop;
 use core::ptr::NonNull;
 
-use super::arena::Arena;
 use super::context;
 use super::format::{ROOTS_HEAD, TYPES_HEAD};
-use super::heap::{FoldMap, Slot};
+use super::heap::Slot;
 use super::inner::Inner;
-use super::journal::Ops;
-use super::ptr::{Guard, PRefMut};
-use super::table::Mark;
+use super::ptr::PRefMut;
 use super::types::{Persist, TypeInfo};
 use crate::base::error::{Error, PointerFault, Refusal, Result};
-
-/// An object as a transaction knows it.
-#[derive(Debug)]
-struct Entry {
-    offset: u64,
-    size: u64,
-    fingerprint: u64,
-    exclusive: bool,
-    /// Index of the new object's slot.
-    fresh: Option<u32>,
-    freed: bool,
-    borrows: i32,
-    mark: Option<Mark>,
-    whole: Option<Image>,
-    /// From here on the file need not have what the image was made from.
-    all_from: u64,
-}
-
-/// A copy of words of an object.
-#[derive(Clone, Copy, Debug)]
-struct Image {
-    at: u64,
-    words: usize,
-    copy: NonNull<u64>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
-    Reserved,
-    Published,
-    Dropped,
-}
-
-#[derive(Debug)]
-struct Fresh {
-    slot: Slot,
-    fate: Fate,
-    fingerprint: u64,
-    /// Bytes that count; the rest of the slot is not looked at before it is written.
-    used: u64,
-}
-
-/// Finds a number by an offset: by looking through a few, by hashing many.
-#[derive(Debug, Default)]
-struct Index {
-    map: FoldMap<u64, u32>,
-}
-
-impl Index {
-    const FEW: usize = 12;
-
-    fn find(&self, all: impl ExactSizeIterator<Item = u64> + DoubleEndedIterator, key: u64) -> Option<u32> {
-        let len = all.len();
-        if len <= Self::FEW {
-            return all.rev().position(|at| at == key).map(|back| (len - 1 - back) as u32);
-        }
-        self.map.get(&key).copied()
-    }
-
-    /// Notes the last of `all`, which was just added.
-    fn added(&mut self, all: impl ExactSizeIterator<Item = u64>) {
-        let len = all.len();
-        if len == Self::FEW + 1 {
-            self.map.extend(all.zip(0..));
-        } else if len > Self::FEW
-            && let Some((key, number)) = all.zip(0..).nth(len - 1)
-        {
-            self.map.insert(key, number);
-        }
-    }
-}
-
-/// What a transaction holds; kept by the thread for its next one.
-#[derive(Debug, Default)]
-pub(crate) struct Work {
-    arena: Arena,
-    entries: Vec<Entry>,
-    entry_index: Index,
-    parts: Vec<(u32, Image)>,
-    part_index: Index,
-    fresh: Vec<Fresh>,
-    /// Where existing objects were written in place, behind what they hold.
-    appended: Vec<(u32, u64, u64)>,
-    /// Words outside objects: heads of lists.
-    heads: Vec<(u64, u64)>,
-    head_locks: Vec<u64>,
-    types: Vec<u64>,
-    roots: Vec<(String, u64)>,
-    ops: Ops,
-}
-
-impl Work {
-    fn clear(&mut self) {
-        self.arena.clear();
-        self.entries.clear();
-        self.entry_index.map.clear();
-        self.parts.clear();
-        self.part_index.map.clear();
-        self.fresh.clear();
-        self.appended.clear();
-        self.heads.clear();
-        self.head_locks.clear();
-        self.types.clear();
-        self.roots.clear();
-        self.ops.clear();
-    }
-
-    fn find(&self, offset: u64) -> Option<u32> {
-        self.entry_index.find(self.entries.iter().map(|entry| entry.offset), offset)
-    }
-
-    fn add(&mut self, entry: Entry) -> u32 {
-        self.entries.push(entry);
-        self.entry_index.added(self.entries.iter().map(|entry| entry.offset));
-        self.entries.len() as u32 - 1
-    }
-}
-
-thread_local!(static SPARE: Cell<Option<Box<Work>>> = const { Cell::new(None) });
+use work::{Entry, State, Work};
 
 /// An open transaction; see [`PersistentPool::transaction`](super::PersistentPool::transaction).
 pub struct Transaction<'p> {
     pub(crate) pool: &'p Inner,
-    id: u64,
-    work: RefCell<Box<Work>>,
+    /// Taken out when it is dropped.
+    work: ManuallyDrop<RefCell<Box<Work>>>,
     doomed: Cell<bool>,
     committed: Cell<bool>,
     /// Invariant 4.
@@ -162,7 +44,7 @@ pub struct Transaction<'p> {
 
 impl core::fmt::Debug for Transaction<'_> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("Transaction").field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("Transaction").field("pool", &self.pool.path).finish_non_exhaustive()
     }
 }
 
@@ -182,16 +64,11 @@ impl<'p> Transaction<'p> {
         }
         Ok(Self {
             pool,
-            id: pool.next_transaction(),
-            work: RefCell::new(SPARE.take().unwrap_or_default()),
+            work: ManuallyDrop::new(RefCell::new(Work::take())),
             doomed: Cell::new(false),
             committed: Cell::new(false),
             _one_thread: core::marker::PhantomData,
         })
-    }
-
-    pub(crate) fn id(&self) -> u64 {
-        self.id
     }
 
     /// Nothing of it shall happen, whatever its caller says.
@@ -199,12 +76,15 @@ impl<'p> Transaction<'p> {
         self.doomed.set(true);
     }
 
+    #[inline]
     fn lock(&self, object: u64, exclusive: bool) -> Result<()> {
-        let may_wait = !context::current(self.pool).reads;
-        self.pool.locks.acquire(self.id, object, exclusive, may_wait)
+        let id = self.work.borrow().id();
+        // Waiting inside a read could be waiting for a commit that waits for that read.
+        self.pool.locks.acquire(id, object, exclusive, || !context::current(self.pool).reads)
     }
 
     /// Locks the object at `offset`, which is live and of that type.
+    #[inline]
     pub(crate) fn open(
         &self,
         identity: u64,
@@ -212,201 +92,45 @@ impl<'p> Transaction<'p> {
         fingerprint: u64,
         exclusive: bool,
     ) -> Result<Opened> {
+        self.pool.check_pointer(identity, offset)?;
         let known = self.work.borrow().find(offset);
         if let Some(number) = known {
-            let work = self.work.borrow();
-            let entry = &work.entries[number as usize];
-            let (size, locked) = (entry.size, entry.exclusive);
-            self.pool.check_pointer(identity, offset)?;
-            if entry.freed {
-                return Err(Error::pointer(offset as usize, PointerFault::NotLive));
-            }
-            if entry.fingerprint != fingerprint {
-                return Err(Error::pointer(offset as usize, PointerFault::WrongType));
-            }
-            drop(work);
-            if exclusive && !locked {
-                self.lock(offset, true)?;
-                self.work.borrow_mut().entries[number as usize].exclusive = true;
-            }
-            return Ok(Opened { entry: number, offset, size });
+            return self.open_again(number, fingerprint, exclusive);
         }
-        self.pool.check_pointer(identity, offset)?;
         self.lock(offset, exclusive)?;
         match self.pool.live(offset, fingerprint) {
             Ok((object, mark)) => {
-                let entry = self.work.borrow_mut().add(Entry {
-                    offset,
-                    size: object.size,
-                    fingerprint,
-                    exclusive,
-                    fresh: None,
-                    freed: false,
-                    borrows: 0,
-                    mark: Some(mark),
-                    whole: None,
-                    all_from: u64::MAX,
-                });
+                let entry = self.work.borrow_mut().add(Entry::existing(object, mark, exclusive));
                 Ok(Opened { entry, offset, size: object.size })
             }
             Err(error) => {
-                self.pool.locks.release(self.id, core::iter::once(offset));
+                let id = self.work.borrow().id();
+                self.pool.locks.release(id, core::iter::once((offset, exclusive)));
                 Err(error)
             }
         }
     }
 
-    /// Borrows the object and gives the place of `len` bytes at `at`, to be read. `exact`: images of the
-    /// object, if any, are of just these bytes or of others altogether.
-    pub(crate) fn view(
-        &self,
-        opened: Opened,
-        at: u64,
-        len: usize,
-        exact: bool,
-    ) -> Result<(NonNull<u8>, Guard<'_>)> {
-        let mut work = self.work.borrow_mut();
-        let entry = &work.entries[opened.entry as usize];
-        if entry.borrows < 0 {
-            return Err(borrowed());
-        }
-        let offset = entry.offset;
-        let split = |work: &Work| work.parts.iter().any(|&(entry, _)| entry == opened.entry);
-        let place = match self.existing(&work, opened.entry, at, len) {
-            Some(place) => place,
-            None if !exact && split(&work) => {
-                // Some words have images, and a reference must see one piece of memory. Making the image
-                // moves nothing that is borrowed: borrows are shared ones, and what they see stays.
-                let whole = self.make_whole(&mut work, opened);
-                // SAFETY: `at` lies in the object, so in its image.
-                unsafe { whole.copy.cast::<u8>().add(at as usize) }
-            }
-            None => self.pool.media.at(offset + at, len),
-        };
-        work.entries[opened.entry as usize].borrows += 1;
-        drop(work);
-        Ok((place, Guard(Some((self.brief(), opened.entry)))))
-    }
-
-    /// `self` with the lifetime that guards carry.
-    fn brief(&self) -> &Transaction<'_> {
-        self
-    }
-
-    /// Where `len` bytes at `at` of an entry have an image, or lie if the object is new.
-    fn existing(&self, work: &Work, number: u32, at: u64, len: usize) -> Option<NonNull<u8>> {
+    fn open_again(&self, number: u32, fingerprint: u64, exclusive: bool) -> Result<Opened> {
+        let work = self.work.borrow();
         let entry = &work.entries[number as usize];
-        if entry.fresh.is_some() {
-            return Some(self.pool.media.at(entry.offset + at, len));
+        let (offset, size, locked) = (entry.offset, entry.size, entry.exclusive);
+        if !matches!(entry.state, State::Live | State::Published) {
+            return Err(Error::pointer(offset as usize, PointerFault::NotLive));
         }
-        if let Some(whole) = entry.whole {
-            // SAFETY: `at` lies in the object, so in its image.
-            return Some(unsafe { whole.copy.cast::<u8>().add(at as usize) });
+        if entry.fingerprint != fingerprint {
+            return Err(Error::pointer(offset as usize, PointerFault::WrongType));
         }
-        let found = work.part_index.find(work.parts.iter().map(|(_, part)| part.at), entry.offset + at)?;
-        let part = work.parts[found as usize].1;
-        (len <= part.words * 8).then(|| part.copy.cast())
-    }
-
-    /// An image of `len` bytes at `at` (both multiples of 8), or the place itself if the object is new. The
-    /// entry is borrowed for the only reference to it.
-    pub(crate) fn image(&self, opened: Opened, at: u64, len: usize) -> Result<NonNull<u8>> {
-        debug_assert!(at.is_multiple_of(8) && len.is_multiple_of(8) && at + len as u64 <= opened.size);
-        let mut work = self.work.borrow_mut();
-        let entry = &work.entries[opened.entry as usize];
-        debug_assert!(entry.exclusive || entry.fresh.is_some());
-        if entry.borrows != 0 {
-            return Err(borrowed());
+        drop(work);
+        if exclusive && !locked {
+            self.lock(offset, true)?;
+            self.work.borrow_mut().entries[number as usize].exclusive = true;
         }
-        let (offset, whole) = (entry.offset, at == 0 && len as u64 == opened.size);
-        if let Some(image) = &mut work.entries[opened.entry as usize].whole {
-            // It may have been cut by `forget_parts`.
-            image.words = image.words.max((at as usize + len) / 8);
-        }
-        let place = match self.existing(&work, opened.entry, at, len) {
-            Some(place) => place,
-            None if whole => self.make_whole(&mut work, opened).copy.cast(),
-            None => {
-                let image = self.copy_in(&mut work.arena, offset + at, len / 8);
-                work.parts.push((opened.entry, image));
-                let Work { parts, part_index, .. } = &mut **work;
-                part_index.added(parts.iter().map(|(_, part)| part.at));
-                image.copy.cast()
-            }
-        };
-        work.entries[opened.entry as usize].borrows = -1;
-        Ok(place)
-    }
-
-    /// An image of words of the file.
-    fn copy_in(&self, arena: &mut Arena, at: u64, words: usize) -> Image {
-        // Aligned as the place is, up to a page: whatever may lie there may lie in the image.
-        let align = 1usize << at.trailing_zeros().min(12);
-        let copy = arena.take(words * 8, align.min(words.next_power_of_two() * 8)).cast::<u64>();
-        // SAFETY: the arena gave that many words, aligned to 8.
-        let fill = unsafe {
-            copy.write_bytes(0, words);
-            core::slice::from_raw_parts_mut(copy.as_ptr(), words)
-        };
-        self.pool.media.load_words(at, fill);
-        Image { at, words, copy }
-    }
-
-    #[cold]
-    fn make_whole(&self, work: &mut Work, opened: Opened) -> Image {
-        let offset = work.entries[opened.entry as usize].offset;
-        let image = self.copy_in(&mut work.arena, offset, opened.size as usize / 8);
-        for (_, part) in work.parts.iter().filter(|(entry, _)| *entry == opened.entry) {
-            let inside = (part.at - offset) as usize / 8;
-            // SAFETY: both are images in the arena, apart from each other; the part lies in the object.
-            unsafe { image.copy.add(inside).copy_from_nonoverlapping(part.copy, part.words) };
-        }
-        work.entries[opened.entry as usize].whole = Some(image);
-        // What was appended in place may change in the image: then the record writes it, and does not check it.
-        if let Some(known) = work.appended.iter().position(|known| known.0 == opened.entry) {
-            let (_, at, _) = work.appended.swap_remove(known);
-            work.entries[opened.entry as usize].all_from = at;
-        }
-        image
-    }
-
-    /// Forgets what is known of bytes of the object from `at` on, which count no more.
-    pub(crate) fn forget_parts(&self, opened: Opened, at: u64) {
-        let mut work = self.work.borrow_mut();
-        let from = work.entries[opened.entry as usize].offset + at;
-        for (entry, part) in &mut work.parts {
-            if *entry == opened.entry && part.at >= from {
-                part.words = 0;
-            }
-        }
-        // The next transaction may write there in place, so the record must not depend on it either.
-        for (_, from, len) in work.appended.iter_mut().filter(|known| known.0 == opened.entry) {
-            *len = (*len).min(at.saturating_sub(*from));
-        }
-        if let Some(whole) = &mut work.entries[opened.entry as usize].whole {
-            whole.words = whole.words.min((at as usize).div_ceil(8));
-        }
-    }
-
-    pub(crate) fn unborrow(&self, number: u32, exclusive: bool) {
-        // A guard that outlives a panic inside a call here finds the borrow taken; the transaction is lost
-        // then anyway.
-        let Ok(mut work) = self.work.try_borrow_mut() else { return };
-        let entry = &mut work.entries[number as usize];
-        if exclusive {
-            entry.borrows = 0;
-            let (offset, size, fresh) = (entry.offset, entry.size, entry.fresh.is_some());
-            if fresh {
-                self.pool.media.touched(offset, size as usize);
-            } else if let Some(&(_, at, len)) = work.appended.iter().find(|known| known.0 == number) {
-                self.pool.media.touched(offset + at, len as usize);
-            }
-        } else {
-            entry.borrows -= 1;
-        }
+        Ok(Opened { entry: number, offset, size })
     }
 
     /// Reserves room for a new object. Its bytes are what was there before.
+    #[inline]
     pub(crate) fn reserve_bytes(
         &self,
         fingerprint: u64,
@@ -423,9 +147,7 @@ impl<'p> Transaction<'p> {
             reserved.inspect_err(|_| books.failures += 1)?
         };
         let mut work = self.work.borrow_mut();
-        let used = size.next_multiple_of(8) as u64;
-        work.fresh.push(Fresh { slot, fate: Fate::Reserved, fingerprint, used });
-        let number = work.fresh.len() as u32 - 1;
+        let number = work.add(Entry::reserved(&slot, fingerprint, size.next_multiple_of(8) as u64));
         let known = slot.registered || work.types.contains(&fingerprint);
         drop(work);
         if !known {
@@ -435,64 +157,11 @@ impl<'p> Transaction<'p> {
     }
 
     /// Makes a reserved object one of this transaction's objects.
+    #[inline]
     pub(crate) fn publish_slot(&self, number: u32) -> Opened {
-        let mut work = self.work.borrow_mut();
-        let fresh = &mut work.fresh[number as usize];
-        fresh.fate = Fate::Published;
-        let (slot, fingerprint) = (fresh.slot, fresh.fingerprint);
-        let entry = work.add(Entry {
-            offset: slot.offset,
-            size: slot.size,
-            fingerprint,
-            exclusive: true,
-            fresh: Some(number),
-            freed: false,
-            borrows: 0,
-            mark: None,
-            whole: None,
-            all_from: u64::MAX,
-        });
-        Opened { entry, offset: slot.offset, size: slot.size }
-    }
-
-    /// Whether bytes of the object are to be written in place: it is new, or they are `unreached` and no image
-    /// stands for all of it.
-    pub(crate) fn writes_in_place(&self, opened: Opened, unreached: bool) -> bool {
-        let work = self.work.borrow();
-        let entry = &work.entries[opened.entry as usize];
-        entry.fresh.is_some() || (unreached && entry.whole.is_none())
-    }
-
-    /// The place of bytes of the object that nothing reaches yet, borrowed to be written.
-    pub(crate) fn place_mut(&self, opened: Opened, at: u64, len: usize) -> Result<NonNull<u8>> {
-        let mut work = self.work.borrow_mut();
-        let Work { entries, appended, .. } = &mut **work;
-        let entry = &mut entries[opened.entry as usize];
-        if entry.borrows != 0 {
-            return Err(borrowed());
-        }
-        entry.borrows = -1;
-        if entry.fresh.is_none() {
-            match appended.iter_mut().find(|known| known.0 == opened.entry) {
-                // One stretch an object: vectors grow at their end.
-                Some((_, from, bytes)) => {
-                    let end = (*from + *bytes).max(at + len as u64);
-                    *from = (*from).min(at);
-                    *bytes = end - *from;
-                }
-                None => appended.push((opened.entry, at, len as u64)),
-            }
-        }
-        Ok(self.pool.media.at(opened.offset + at, len))
-    }
-
-    /// How much of a new object counts; the rest of its slot is not looked at before it is written.
-    pub(crate) fn set_used(&self, opened: Opened, used: u64) {
-        let mut work = self.work.borrow_mut();
-        let Work { entries, fresh, .. } = &mut **work;
-        if let Some(number) = entries[opened.entry as usize].fresh {
-            fresh[number as usize].used = used;
-        }
+        let entry = &mut self.work.borrow_mut().entries[number as usize];
+        entry.state = State::Published;
+        Opened { entry: number, offset: entry.offset, size: entry.size }
     }
 
     /// Frees an opened object.
@@ -503,13 +172,8 @@ impl<'p> Transaction<'p> {
         if entry.borrows != 0 {
             return Err(borrowed());
         }
-        entry.freed = true;
         entry.whole = None;
-        let (offset, fresh) = (entry.offset, entry.fresh);
-        match fresh {
-            Some(number) => work.fresh[number as usize].fate = Fate::Dropped,
-            None => self.pool.heap.lock().prepare_free(&self.pool.media, offset),
-        }
+        entry.state = if entry.is_new() { State::Dropped } else { State::Freed };
         Ok(())
     }
 
@@ -577,23 +241,18 @@ impl<'p> Transaction<'p> {
 }
 
 impl Drop for Transaction<'_> {
+    #[inline]
     fn drop(&mut self) {
-        let committed = self.committed.get();
-        let work = self.work.get_mut();
-        let unused = |fresh: &&Fresh| !committed || fresh.fate != Fate::Published;
-        if work.fresh.iter().any(|fresh| unused(&fresh)) {
+        // SAFETY: taken once, here, and not used after.
+        let work = unsafe { ManuallyDrop::take(&mut self.work) }.into_inner();
+        if !self.committed.get() && work.entries.iter().any(Entry::is_new) {
             let mut heap = self.pool.heap.lock();
-            for fresh in work.fresh.iter().filter(unused) {
-                heap.release(&self.pool.table, fresh.slot.offset);
+            for entry in work.entries.iter().filter(|entry| entry.is_new()) {
+                heap.release(&self.pool.table, entry.offset);
             }
         }
-        let locked = work.entries.iter().filter(|entry| entry.fresh.is_none()).map(|entry| entry.offset);
-        let mut locked = locked.chain(work.head_locks.iter().copied()).peekable();
-        if locked.peek().is_some() {
-            self.pool.locks.release(self.id, locked);
-        }
-        work.clear();
-        SPARE.set(Some(core::mem::take(work)));
+        self.pool.locks.release(work.id(), work.locked());
+        work.keep();
     }
 }
 

@@ -49,7 +49,7 @@ impl Transaction<'_> {
 
     /// Makes a reserved and written object one that lives on if the transaction commits.
     pub fn publish<T: Persist>(&self, reserved: Reserved<'_, T>) -> Result<PBox<T>> {
-        if !core::ptr::eq(reserved.tx.pool, self.pool) || reserved.tx.id() != self.id() {
+        if !core::ptr::addr_eq(reserved.tx, self) {
             return Err(Error::refused(
                 "this object was reserved in another transaction",
                 "publish it in the one that reserved it",

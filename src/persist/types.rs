@@ -6,8 +6,8 @@ use core::hash::{Hash, Hasher};
 
 use bytemuck::{CheckedBitPattern, NoUninit};
 
+use super::fold::Fold;
 use super::format::Checksum;
-use super::heap::Fold;
 
 /// Values that may be stored in a file and read back, perhaps by another program.
 ///
