@@ -1,12 +1,12 @@
-//! Every field of `PoolConfig` has its documented effect on host pools, and every constructor and preset sets
-//! what it says.
+//! Every field of `PoolConfig` has its documented effect on host pools (GPU pools: `gpu_config`), and every
+//! constructor and preset sets what it says.
 
 use std::alloc::Layout;
 use std::ptr::NonNull;
 
 use memory_pool::{
-    AllocatorType, AnyPool, DebugConfig, DevicePool, Error, GpuDevice, LocalVariablePool, ManagedPool,
-    MemoryType, OnFinding, PinnedPool, PoolConfig, Result, SimConfig, Strategy, SyncType,
+    AllocatorType, AnyPool, DebugConfig, Error, LocalVariablePool, OnFinding, PoolConfig, Result, Strategy,
+    SyncType,
 };
 
 fn layout(size: usize) -> Layout {
@@ -141,6 +141,8 @@ fn sync_types_serve_two_threads_or_name_what_they_go_with() -> Result<()> {
         ),
         (PoolConfig::default_cpu().use_pinned_memory(true), "use_pinned_memory"),
         (PoolConfig::default_cpu().use_managed_memory(true), "use_managed_memory"),
+        (PoolConfig::default_cpu().stream_ordered(true), "stream_ordered"),
+        (PoolConfig::high_performance_cpu().path("/tmp/file"), "path, allocator_type"),
     ] {
         let error = AnyPool::new(config).unwrap_err();
         assert!(matches!(error, Error::Config(bad) if bad.field == fields), "{error}");
@@ -264,107 +266,6 @@ fn debug_is_on_where_any_part_is() -> Result<()> {
     assert!(latency.p50 <= latency.p90 && latency.p90 <= latency.p99 && latency.p99 <= latency.max);
     assert!(latency.max > 0 && pool.stats().to_string().contains("latency"));
     assert!(AnyPool::new(PoolConfig::default_cpu())?.stats().latency.is_none());
-    Ok(())
-}
-
-#[test]
-fn gpu_pools_grow_by_the_factor_and_never_beyond_the_limit() -> Result<()> {
-    let gpu = GpuDevice::simulated(SimConfig::default().memory(2 << 30));
-    let growths = |factor| -> Result<u64> {
-        let pool = DevicePool::new(&gpu, PoolConfig::default_gpu().growth_factor(factor))?;
-        for _ in 0..100 {
-            pool.allocate(layout(2 << 20))?;
-        }
-        let stats = pool.stats();
-        // SAFETY: nothing was given to the device.
-        unsafe { pool.reset_unchecked()? };
-        Ok(stats.source_calls)
-    };
-    let (slow, fast) = (growths(1.0)?, growths(4.0)?);
-    assert!(slow >= 10 && fast <= 4, "{slow} growths by 1, {fast} by 4");
-
-    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu().max_size(16 << 20).growth_factor(8.0))?;
-    let mut served = 0;
-    let error = loop {
-        match pool.allocate(layout(1 << 20)) {
-            Ok(block) => served += block.len(),
-            Err(error) => break error,
-        }
-        assert!(pool.stats().reserved <= 16 << 20);
-    };
-    assert_eq!(served, 16 << 20, "all of the limit is served");
-    assert!(error.to_string().contains("max_size"), "{error}");
-    // SAFETY: nothing was given to the device.
-    unsafe { pool.reset_unchecked() }
-}
-
-#[test]
-fn gpu_pools_begin_with_the_initial_size_and_keep_the_alignment() -> Result<()> {
-    let gpu = GpuDevice::simulated(SimConfig::default());
-    for align in [256, 4096, 1 << 16] {
-        let config = PoolConfig::default_gpu().initial_size(8 << 20).alignment(align);
-        let pool = DevicePool::new(&gpu, config)?;
-        let calls = pool.stats().source_calls;
-        assert!(pool.pool_size() >= 8 << 20 && calls > 0);
-        let stream = gpu.new_stream()?;
-        for size in [1, 700, 5000] {
-            assert!(pool.alloc::<u8>(size, &stream)?.as_device_ptr().is_multiple_of(align as u64));
-            let raw = pool.allocate_async(size, &stream)?;
-            assert!(raw.as_ptr().addr().is_multiple_of(align));
-            // SAFETY: live, freed once.
-            unsafe { pool.deallocate_async(raw, &stream) };
-        }
-        assert_eq!(pool.stats().source_calls, calls, "served from what was there at the start");
-    }
-    let error = DevicePool::new(&gpu, PoolConfig::default_gpu().initial_size(1 << 50)).unwrap_err();
-    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
-    Ok(())
-}
-
-#[test]
-fn gpu_pools_count_when_they_are_asked_to() -> Result<()> {
-    let gpu = GpuDevice::simulated(SimConfig::default());
-    let pool = DevicePool::new(&gpu, PoolConfig::high_performance_gpu(0).initial_size(1 << 20))?;
-    let pair = || -> Result<()> {
-        let block = pool.allocate(layout(1000))?;
-        // SAFETY: live, freed once.
-        unsafe { pool.deallocate(block.cast()) };
-        Ok(())
-    };
-    pair()?;
-    assert_eq!((pool.is_tracking(), pool.stats().allocation_count), (false, 0));
-    pool.set_tracking(true);
-    pair()?;
-    assert_eq!((pool.is_tracking(), pool.stats().allocation_count), (true, 1));
-    Ok(())
-}
-
-#[test]
-fn the_kind_of_gpu_memory_is_the_types_and_the_device_the_one_given() -> Result<()> {
-    let gpu = GpuDevice::simulated(SimConfig::default());
-    let (pinned, managed) = (
-        PoolConfig::default_gpu().use_pinned_memory(true),
-        PoolConfig::default_gpu().use_managed_memory(true),
-    );
-    assert_eq!(PinnedPool::new(&gpu, pinned.clone())?.memory_type(), MemoryType::Pinned);
-    assert_eq!(ManagedPool::new(&gpu, managed.clone())?.memory_type(), MemoryType::Managed);
-    for (field, error) in [
-        ("use_pinned_memory", DevicePool::new(&gpu, pinned.clone()).unwrap_err()),
-        ("use_managed_memory", DevicePool::new(&gpu, managed.clone()).unwrap_err()),
-        ("use_pinned_memory", ManagedPool::new(&gpu, pinned).unwrap_err()),
-        ("use_managed_memory", PinnedPool::new(&gpu, managed).unwrap_err()),
-    ] {
-        assert!(matches!(error, Error::Config(bad) if bad.field == field), "{error}");
-    }
-    // Who opens the device reads `device_id`: here the helper does, and says which one is missing.
-    let mut config = PoolConfig::default_gpu();
-    config.device_id = 4321;
-    assert_eq!(DevicePool::new(&gpu, config.clone())?.device().ordinal(), gpu.ordinal());
-    match GpuDevice::open(config.device_id) {
-        Err(Error::NoDevice { ordinal, .. }) => assert_eq!(ordinal, 4321),
-        Err(Error::NoDriver) => {}
-        other => panic!("{other:?}"),
-    }
     Ok(())
 }
 

@@ -171,6 +171,12 @@ fn checked(config: PoolConfig, kind: AllocatorType) -> Result<PoolConfig> {
     if config.use_managed_memory {
         return Err(Error::config("use_managed_memory", "true", "false here; ManagedPool has such memory"));
     }
+    if config.stream_ordered {
+        return Err(Error::config("stream_ordered", "true", "false here; GPU pools are ordered by stream"));
+    }
+    if kind == AllocatorType::SizeClass && config.path.is_some() {
+        return Err(Error::config("path, allocator_type", "a file", "no file with SizeClass"));
+    }
     Ok(config)
 }
 

@@ -12,6 +12,7 @@
 //! | `sync_type` | `Mutex` alone |
 //! | `use_pinned_memory`, `use_managed_memory` | must not contradict the pool's type |
 //! | `device_id` | read by who opens the device |
+//! | `path`, `debug.guard_pages` | refused |
 //!
 //! Whatever the configuration, requests below 1 MiB and below 4 MiB have zones of their own (small, medium and
 //! large), so that a small block never pins a large range; not in fixed-size pools and those of less than 64 MiB.
@@ -38,6 +39,13 @@ pub(super) fn validate(config: &PoolConfig, memory: MemoryType) -> Result<()> {
     }
     if config.use_managed_memory && memory != MemoryType::Managed {
         return Err(Error::config("use_managed_memory", true, "false here; make a ManagedPool"));
+    }
+    if config.path.is_some() {
+        return Err(Error::config("path", "a file", "none here; a file is for host and persistent pools"));
+    }
+    if config.debug.guard_pages {
+        let allowed = "false here; single pages of such memory cannot be made inaccessible";
+        return Err(Error::config("debug.guard_pages", true, allowed));
     }
     Ok(())
 }
