@@ -16,9 +16,10 @@
 
 use std::collections::HashMap;
 
+use super::arena::Pieces;
 use super::driver::Driver;
 use super::order::Order;
-use super::ranges::{CLEAN, MIXED, Ranges, SHARED, Tag};
+use super::ranges::{CLEAN, FIRST, HOLE, MIXED, Ranges, SHARED, Tag};
 use super::stream::Stream;
 use crate::base::config::{AllocatorType, PoolConfig};
 use crate::base::error::{Error, PointerFault, Result};
@@ -35,10 +36,10 @@ impl Ticket {
     fn new(zone: usize, node: u32) -> Self {
         Self((zone as u32) << NODE_BITS | node)
     }
-    fn zone(self) -> usize {
+    pub(super) fn zone(self) -> usize {
         (self.0 >> NODE_BITS) as usize
     }
-    fn node(self) -> u32 {
+    pub(super) fn node(self) -> u32 {
         self.0 & ((1 << NODE_BITS) - 1)
     }
 }
@@ -68,7 +69,12 @@ const SEGMENTS: [usize; 2] = [2 << 20, 16 << 20];
 /// Pools that may hold less than this are not divided into zones.
 const MIN_ZONED: usize = 64 << 20;
 /// The zone that takes its memory from the driver.
-const LARGE: usize = 2;
+pub(super) const LARGE: usize = 2;
+/// The small zone of pools whose memory comes in pieces: it has pieces of its own.
+const SMALL: usize = 0;
+
+/// The part of a pool's address space that is for small requests.
+const SMALL_SPACE: usize = 16;
 
 /// Lanes beside its own that used a live block.
 type Shared = HashMap<Ticket, Vec<(u16, u32)>>;
@@ -92,6 +98,8 @@ struct Counters {
 pub(super) struct Core {
     pub(super) zones: [Ranges; 3],
     pub(super) order: Order,
+    /// The pieces of memory in the pool's address space; `None` where memory comes in segments.
+    pub(super) pieces: Option<Pieces>,
     shared: Shared,
     pub(super) live: usize,
     /// Bytes taken from the driver.
@@ -115,6 +123,7 @@ impl Core {
         Self {
             zones,
             order: Order::new(),
+            pieces: None,
             shared: HashMap::new(),
             live: 0,
             reserved: 0,
@@ -126,9 +135,23 @@ impl Core {
         }
     }
 
-    fn zone_of(&self, bytes: usize) -> usize {
+    /// Gives the pool address space, in which pieces of memory in multiples of `unit` will lie; false where it
+    /// cannot be noted.
+    pub(super) fn set_space(&mut self, start: usize, len: usize, unit: usize) -> bool {
+        let small = if self.single_zone { 0 } else { (len / SMALL_SPACE) & !(unit - 1) };
+        let noted = (small == 0 || self.zones[SMALL].add_space(start, small))
+            && self.zones[LARGE].add_space(start + small, len - small);
+        self.lanes_changed();
+        self.pieces = noted.then(|| Pieces::new(unit));
+        noted
+    }
+
+    pub(super) fn zone_of(&self, bytes: usize) -> usize {
         if self.single_zone {
             return LARGE;
+        }
+        if self.pieces.is_some() {
+            return if bytes < ZONE_LIMITS[SMALL] { SMALL } else { LARGE };
         }
         ZONE_LIMITS.iter().position(|&limit| bytes < limit).unwrap_or(LARGE)
     }
@@ -196,7 +219,7 @@ impl Core {
         self.renumber(driver);
         let zone = self.zone_of(ask.bytes);
         let node = self.cut_slow(driver, zone, ask).or_else(|| {
-            if zone == LARGE {
+            if zone == LARGE || self.pieces.is_some() {
                 // What the small zones have no use for joins the large ranges again.
                 return self.unnest().then(|| self.cut_slow(driver, zone, ask)).flatten();
             }
@@ -205,11 +228,11 @@ impl Core {
         Some(self.hand_out(zone, node, ask))
     }
 
-    fn hand_out(&mut self, zone: usize, node: u32, ask: Ask) -> Placed {
+    pub(super) fn hand_out(&mut self, zone: usize, node: u32, ask: Ask) -> Placed {
         let (start, len) = (self.zones[zone].start(node), self.zones[zone].len(node));
         self.live += len;
+        self.note_peak();
         let counters = &mut self.counters;
-        counters.peak = counters.peak.max(self.live);
         counters.allocations += 1;
         counters.total += len as u64;
         counters.histogram[MemoryStats::bucket(ask.bytes)] += 1;
@@ -274,7 +297,7 @@ impl Core {
         {
             return Some(node);
         }
-        if ask.lane <= MIXED || self.order.is_capture(ask.lane) {
+        if ask.lane < FIRST || self.order.is_capture(ask.lane) {
             return None;
         }
         if self.join_for(zone, ask)
@@ -287,11 +310,11 @@ impl Core {
 
     /// Step 2: other lanes that this one has waited for.
     fn cut_waited(&mut self, zone: usize, ask: Ask) -> Option<u32> {
-        if ask.lane <= MIXED {
+        if ask.lane < FIRST {
             return None;
         }
         let granules = self.zones[zone].granules(ask.bytes)?;
-        for lane in MIXED + 1..self.order.lanes() {
+        for lane in FIRST..self.order.lanes() {
             let Some((node, _)) = self.zones[zone].best(lane, granules, ask.align) else { continue };
             if lane != ask.lane && self.order.may_use(ask.lane, self.zones[zone].tag(node)) {
                 return self.zones[zone].carve(node, granules, ask.align, ask.lane);
@@ -326,7 +349,7 @@ impl Core {
     pub(super) fn clean_done(&mut self) -> bool {
         let mut moved = 0;
         for lane in MIXED..self.order.lanes() {
-            if self.order.is_capture(lane) {
+            if lane == HOLE || self.order.is_capture(lane) {
                 continue;
             }
             let lists = if lane == MIXED { self.order.mixed_done() } else { Vec::new() };
@@ -418,7 +441,9 @@ impl Core {
         } else {
             self.tag_on(lane)
         };
-        self.zones[zone].free(node, tag);
+        // The lane may use what is clean, so both are one range to it; others find out again what is complete.
+        let joins = tag.lane >= FIRST && !self.order.is_capture(tag.lane);
+        self.zones[zone].free_joining(node, tag, &|other| joins && other.lane == CLEAN);
         self.live -= len;
         self.counters.frees += 1;
         len
@@ -477,6 +502,21 @@ impl Core {
         Err(Error::pointer(start, PointerFault::Foreign))
     }
 
+    /// A block in a zone that is not its own, where that has no memory left.
+    pub(super) fn place_in(&mut self, driver: &dyn Driver, zone: usize, ask: Ask) -> Option<Placed> {
+        let node = self.cut_own(zone, ask).or_else(|| self.cut_slow(driver, zone, ask))?;
+        Some(self.hand_out(zone, node, ask))
+    }
+
+    pub(super) fn start(&self, ticket: Ticket) -> usize {
+        self.zones[ticket.zone()].start(ticket.node())
+    }
+
+    /// Bytes that nobody holds, in ranges and in pieces that lie nowhere.
+    pub(super) fn idle_bytes(&self) -> usize {
+        self.free_bytes() + self.pieces.as_ref().map_or(0, Pieces::spare_bytes)
+    }
+
     pub(super) fn len(&self, ticket: Ticket) -> usize {
         self.zones[ticket.zone()].len(ticket.node())
     }
@@ -495,7 +535,27 @@ impl Core {
         })
     }
 
+    pub(super) fn note_peak(&mut self) {
+        self.counters.peak = self.counters.peak.max(self.live);
+    }
+
+    pub(super) fn note_source_call(&mut self) {
+        self.counters.source_calls += 1;
+    }
+
+    pub(super) fn set_reserved(&mut self, bytes: usize) {
+        self.reserved = bytes;
+        self.counters.peak_reserved = self.counters.peak_reserved.max(bytes);
+    }
+
+    pub(super) fn peak_reserved(&self) -> usize {
+        self.counters.peak_reserved
+    }
+
     pub(super) fn owns(&self, address: usize) -> bool {
+        if let Some(pieces) = &self.pieces {
+            return pieces.covers(address);
+        }
         self.zones.iter().any(|zone| zone.owns(address))
     }
 
@@ -541,7 +601,10 @@ impl Core {
     pub(super) fn for_each_live(&self, visit: &mut dyn FnMut(usize, usize, u16)) {
         for (zone, ranges) in self.zones.iter().enumerate() {
             ranges.for_each(&mut |range| {
-                if range.live && !(zone == LARGE && self.parents.contains_key(&range.start)) {
+                if range.live
+                    && range.tag.lane != HOLE
+                    && !(zone == LARGE && self.parents.contains_key(&range.start))
+                {
                     visit(range.start, range.len, range.tag.lane);
                 }
             });
@@ -573,7 +636,8 @@ impl Core {
 
     /// Bytes of host memory that the books take.
     pub(super) fn metadata_bytes(&self) -> usize {
-        self.zones.iter().map(Ranges::metadata_bytes).sum()
+        self.zones.iter().map(Ranges::metadata_bytes).sum::<usize>()
+            + self.pieces.as_ref().map_or(0, Pieces::metadata_bytes)
     }
 
     pub(super) fn failed(&mut self) {
@@ -610,10 +674,14 @@ impl Core {
     /// Forgets all blocks; the caller vouches that all work is complete.
     pub(super) fn reset(&mut self) {
         self.shared.clear();
-        self.zones[..LARGE].iter_mut().for_each(Ranges::clear);
+        if self.pieces.is_some() {
+            self.reset_space();
+        } else {
+            self.zones[..LARGE].iter_mut().for_each(Ranges::clear);
+            self.zones[LARGE].reset();
+        }
         self.parents.clear();
         self.nested = 0;
-        self.zones[LARGE].reset();
         self.lanes_changed();
         self.counters.frees = self.counters.allocations;
         self.live = 0;
@@ -622,9 +690,11 @@ impl Core {
     /// Walks every invariant.
     pub(super) fn check(&self) -> Result<(), Broken> {
         self.zones.iter().try_for_each(Ranges::check)?;
+        self.check_pieces()?;
         let mut live = 0;
         self.for_each_live(&mut |_, len, _| live += len);
-        if live != self.live || live + self.free_bytes() != self.reserved {
+        let spare = self.pieces.as_ref().map_or(0, Pieces::spare_bytes);
+        if live != self.live || live + self.free_bytes() + spare != self.reserved {
             return Err(Broken { invariant: "live and free bytes add up to what is reserved", at: live });
         }
         let nested: usize = self.parents.values().map(|&parent| self.zones[LARGE].len(parent)).sum();

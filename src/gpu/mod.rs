@@ -9,6 +9,7 @@
 //! A free range belongs to the stream that freed it; who else wants it waits for one event, recorded when it
 //! is wanted. `order` says how, `driver::sim` finds out when it goes wrong.
 
+mod arena;
 mod buffer;
 mod capture;
 mod core;

@@ -22,7 +22,7 @@ use std::collections::{HashMap, VecDeque};
 use std::thread::ThreadId;
 
 use super::driver::{Capture, Driver, RawEvent, RawStream};
-use super::ranges::{CLEAN, MAX_BATCH, MAX_LANES, MIXED, Tag};
+use super::ranges::{CLEAN, FIRST, HOLE, MAX_BATCH, MAX_LANES, MIXED, Tag};
 use crate::base::error::{Error, Result};
 
 /// One stream, as one pool sees it.
@@ -66,6 +66,8 @@ pub(super) enum Mutant {
     KeepNumbers,
     /// A range that takes in neighbours keeps the batch it had before.
     JoinUnderOldBatch,
+    /// Pieces of memory are moved although work on them may be in flight.
+    MoveBusy,
 }
 
 /// The lanes of a pool.
@@ -86,7 +88,7 @@ pub(super) struct Order {
 impl Order {
     pub(super) fn new() -> Self {
         Self {
-            lanes: vec![Lane::default(), Lane::default()],
+            lanes: std::iter::repeat_with(Lane::default).take(FIRST.into()).collect(),
             by_slot: Vec::new(),
             captures: HashMap::new(),
             mixed: Vec::new(),
@@ -143,13 +145,13 @@ impl Order {
             return Ok(self.lanes.len() as u16 - 1);
         }
         let unused = unused();
-        let vacant = (2..self.lanes.len()).find(|&lane| {
+        let vacant = (FIRST.into()..self.lanes.len()).find(|&lane| {
             let state = &self.lanes[lane];
             let idle = state.stream.is_none() && state.capture.is_none() && state.sealed.is_empty();
             idle && unused[lane] && state.open < MAX_BATCH - 1
         });
         let lane = vacant.ok_or(Error::refused(
-            "more than 4094 streams use this pool at once",
+            "more than 4093 streams use this pool at once",
             "drop streams that are no longer needed, or share streams",
         ))?;
         self.lanes[lane].waited.clear();
@@ -193,6 +195,7 @@ impl Order {
     pub(super) fn is_done(&self, tag: Tag) -> bool {
         match tag.lane {
             CLEAN => true,
+            HOLE => false,
             MIXED => {
                 self.mixed[tag.batch as usize].iter().all(|&(lane, batch)| self.is_done(Tag { lane, batch }))
             }
@@ -213,13 +216,14 @@ impl Order {
         if tag.lane == by || self.is_done(tag) {
             return true;
         }
-        by > MIXED && tag.lane > MIXED && self.waited(by, tag.lane) >= tag.batch
+        by >= FIRST && tag.lane >= FIRST && self.waited(by, tag.lane) >= tag.batch
     }
 
-    /// Whether the range is in somebody's private memory.
+    /// Whether no wait makes the range usable: it is in somebody's private memory, or there is none.
     pub(super) fn is_private(&self, tag: Tag) -> bool {
         match tag.lane {
             CLEAN => false,
+            HOLE => true,
             MIXED => self.mixed[tag.batch as usize].iter().any(|&(lane, _)| self.is_capture(lane)),
             lane => self.is_capture(lane),
         }
@@ -271,7 +275,7 @@ impl Order {
     /// is complete. The caller makes that clean, then calls [`renumber`](Self::renumber).
     pub(super) fn finish_full(&mut self, driver: &dyn Driver) -> Vec<u16> {
         let mut full = Vec::new();
-        for lane in MIXED + 1..self.lanes() {
+        for lane in FIRST..self.lanes() {
             let state = &self.lanes[lane as usize];
             let Some(stream) = state.stream.filter(|_| state.open + 2 >= MAX_BATCH) else { continue };
             let free = state.thread.is_none() && driver.capture_state(stream) == Ok(Capture::None);
@@ -366,7 +370,7 @@ impl Order {
 
     /// Seals every lane that `wanted` names, as far as that can be done.
     pub(super) fn seal_all(&mut self, driver: &dyn Driver, wanted: impl Fn(u16) -> bool) {
-        for lane in MIXED + 1..self.lanes() {
+        for lane in FIRST..self.lanes() {
             let state = &self.lanes[lane as usize];
             if state.stream.is_some() && state.capture.is_none() && wanted(lane) {
                 // A lane that cannot be sealed now stays as it is.
@@ -417,7 +421,7 @@ impl Order {
             // If the record fails, the open batch still stands for the use: it is sealed when wanted.
             *batch = self.seal(driver, *user).unwrap_or(self.lanes[*user as usize].open);
         }
-        if lane > MIXED {
+        if lane >= FIRST {
             waits.push((lane, self.lanes[lane as usize].open));
         }
         let index = self.mixed_vacant.pop().unwrap_or_else(|| {

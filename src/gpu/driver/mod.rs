@@ -109,11 +109,17 @@ pub(crate) unsafe trait Driver: Send + Sync + fmt::Debug {
     /// The handle is mapped nowhere.
     unsafe fn release_handle(&self, handle: Handle) -> Result<()>;
 
-    /// Maps a whole handle and makes it readable and writable from the device. On failure nothing is mapped.
+    /// Maps a whole handle; nobody may touch it before [`set_access`](Self::set_access).
     ///
     /// # Safety
     /// The range lies in one reserved here and is unmapped.
     unsafe fn map(&self, addr: usize, bytes: usize, handle: Handle) -> Result<()>;
+
+    /// Makes what one or more calls of `map` put side by side readable and writable from the device.
+    ///
+    /// # Safety
+    /// The range is made of whole mappings.
+    unsafe fn set_access(&self, addr: usize, bytes: usize) -> Result<()>;
 
     /// # Safety
     /// The range was mapped by one `map`; work in flight does not touch it.

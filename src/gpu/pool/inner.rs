@@ -8,13 +8,13 @@ use core::alloc::Layout;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
-use super::super::core::{Ask, Core, Placed, Ticket};
+use super::super::core::{Ask, Core, LARGE, Placed, Ticket};
 use super::super::device::{GpuDevice, Member};
 use super::super::driver::Space;
 use super::super::ranges::CLEAN;
 use super::super::stream::Stream;
 use super::options;
-use super::source::Source;
+use super::source::{Reserved, Source};
 use super::watch::Watch;
 use crate::base::bits::round_up;
 use crate::base::config::PoolConfig;
@@ -35,7 +35,7 @@ pub(in crate::gpu) struct Inner {
     pub(super) config: PoolConfig,
     pub(super) name: String,
     pub(in crate::gpu) core: Lock<Core>,
-    growth: Lock<()>,
+    pub(super) growth: Lock<()>,
     /// Whether the pool may hand nothing out any more. Changes under `growth` and `core`.
     closed: AtomicBool,
     /// Most bytes that the pool may hold; `max_size` of the configuration until it is set anew.
@@ -58,18 +58,28 @@ impl Inner {
         options::validate(&config, memory_type)?;
         // The CPU's small values need no 512 bytes each.
         let shift = if memory_type == MemoryType::Gpu { 9 } else { 6 };
+        let watch = Watch::new(device, name, &config, memory_type)?;
+        let mut core = Core::new(shift, &config);
+        let source = Source::new(device, space, config.max_size);
+        if let Some(Reserved { start, len, unit }) = source.reserved
+            && !core.set_space(start, len, unit)
+        {
+            // SAFETY: nothing was mapped yet.
+            unsafe { source.close(&*device.0.driver) };
+            return Err(Error::oom(0, OomReason::Source));
+        }
         let inner = Arc::new(Self {
             device: device.clone(),
-            source: Source::new(device, space, config.max_size),
+            source,
             name: name.into(),
-            core: Lock::new(Core::new(shift, &config)),
+            core: Lock::new(core),
             growth: Lock::default(),
             closed: AtomicBool::new(false),
             limit: AtomicUsize::new(config.max_size),
             stream: Lock::new(device.default_stream()),
             callback: Lock::default(),
             tracking: Tracking::new(config.track_stats),
-            watch: Watch::new(device, name, &config, memory_type)?,
+            watch,
             config,
         });
         let member: Arc<dyn Member> = inner.clone();
@@ -141,7 +151,12 @@ impl Inner {
     #[cold]
     fn take_growing(&self, ask: Ask, flags: AllocFlags) -> Result<Placed> {
         if flags.contains(AllocFlags::NO_GROW) {
-            self.core.lock().failed();
+            let mut core = self.core.lock();
+            let other = core.other_zone(core.zone_of(ask.bytes));
+            if let Some(placed) = other.and_then(|zone| core.place_in(&*self.device.0.driver, zone, ask)) {
+                return Ok(placed);
+            }
+            core.failed();
             return Err(Error::oom(ask.bytes, OomReason::NoGrow));
         }
         loop {
@@ -209,6 +224,9 @@ impl Inner {
     fn grow(&self, ask: Ask) -> Result<Placed> {
         let _ticket = self.growth.lock();
         let driver = &*self.device.0.driver;
+        if self.source.reserved.is_some() {
+            return self.grow_by_pieces(ask);
+        }
         let (need, want) = {
             let mut core = self.core.lock();
             self.open()?;
@@ -238,6 +256,51 @@ impl Inner {
         Err(Error::oom(ask.bytes, OomReason::Source))
     }
 
+    /// Brings memory to where a request lacks the least of it. The caller holds `growth`.
+    fn grow_by_pieces(&self, ask: Ask) -> Result<Placed> {
+        let driver = &*self.device.0.driver;
+        let plan = {
+            let mut core = self.core.lock();
+            self.open()?;
+            // Another thread may have grown the pool, or freed something, meanwhile.
+            if let Some(placed) = core.place(ask) {
+                return Ok(placed);
+            }
+            self.settle_patiently(&mut core);
+            if let Some(placed) = core.place_slow(driver, ask) {
+                return Ok(placed);
+            }
+            let zone = core.zone_of(ask.bytes);
+            let other = core.other_zone(zone);
+            let plan = core.plan(zone, ask, self.limit());
+            match (plan, other) {
+                (Err(_), Some(other)) => match core.place_in(driver, other, ask) {
+                    Some(placed) => return Ok(placed),
+                    None => core.plan(other, ask, self.limit())?,
+                },
+                (plan, _) => plan?,
+            }
+        };
+        // SAFETY: a plan of this pool's books; a piece is taken only from what is known to be complete.
+        let done = unsafe { self.source.fill(driver, &plan) };
+        let mut core = self.core.lock();
+        core.finish(&plan, done, ask).map_err(|error| self.out_of_memory(&core, ask.bytes, error))
+    }
+
+    /// Learns what is complete. What was just recorded on an idle stream takes the device some microseconds, and a
+    /// piece that can be moved saves more than that.
+    fn settle_patiently(&self, core: &mut Core) {
+        const ASKED: usize = 100;
+        let driver = &*self.device.0.driver;
+        core.seal_all(driver);
+        for _ in 0..ASKED {
+            core.settle(driver);
+            if core.order.last_events().is_empty() {
+                break;
+            }
+        }
+    }
+
     /// Least and wanted bytes to grow by.
     fn growth_sizes(&self, segment: usize, reserved: usize, ask: Ask) -> Result<(usize, usize)> {
         let overflow = Error::oom(ask.bytes, OomReason::Overflow);
@@ -246,7 +309,7 @@ impl Inner {
         let exact = segment.checked_add(slack).and_then(|sum| round_up(sum, 512)).ok_or(overflow)?;
         let usual = round_up(exact, MIN_GROWTH).ok_or(overflow)?;
         let share = (reserved as f64 * (self.config.growth_factor - 1.0)) as usize;
-        let limit = self.limit.load(Ordering::Relaxed);
+        let limit = self.limit();
         let room = limit.saturating_sub(reserved) & !511;
         if exact > room {
             return Err(Error::oom(ask.bytes, OomReason::Limit(limit)));
@@ -255,11 +318,16 @@ impl Inner {
         Ok((exact, want.max(exact)))
     }
 
+    fn limit(&self) -> usize {
+        self.limit.load(Ordering::Relaxed)
+    }
+
     /// At least `need` and if possible `want` bytes, with no lock of the books held.
     fn take_from_driver(&self, need: usize, want: usize) -> Result<(usize, usize)> {
-        match self.source.take(&*self.device.0.driver, want) {
-            Err(_) if need < want => self.source.take(&*self.device.0.driver, need),
-            taken => taken,
+        let driver = &*self.device.0.driver;
+        match self.source.take(driver, want) {
+            Err(_) if need < want => self.source.take(driver, need).map(|start| (start, need)),
+            taken => taken.map(|start| (start, want)),
         }
     }
 
@@ -280,7 +348,7 @@ impl Inner {
     pub(super) fn give_plain(self: &Arc<Self>, ticket: Ticket, stream: Option<&Stream>) {
         let driver = &*self.device.0.driver;
         let mut core = self.core.lock();
-        // No lane is to be had only while 4094 streams are in use: then the device is waited for instead.
+        // No lane is to be had only while 4093 streams are in use: then the device is waited for instead.
         let lane = match self.lane(&mut core, stream) {
             Ok(lane) => lane,
             Err(_) => {
@@ -299,12 +367,31 @@ impl Inner {
         stream: Option<&Stream>,
     ) -> Option<usize> {
         let bytes = options::rounded(&self.config, bytes).filter(|_| self.in_place())?;
-        let mut core = self.core.lock();
-        let lane = self.lane(&mut core, stream).ok()?;
-        let (start, before, len) = core.grow(ticket, bytes, lane)?;
-        drop(core);
+        let (lane, grown) = {
+            let mut core = self.core.lock();
+            let lane = self.lane(&mut core, stream).ok()?;
+            (lane, core.grow(ticket, bytes, lane))
+        };
+        let (start, before, len) = grown.or_else(|| self.grow_by_mapping(ticket, bytes, lane))?;
         self.tell_grown(start, before, len, stream);
         Some(len)
+    }
+
+    /// Maps memory behind a block, if the addresses there are free; returns its place, and its size before and
+    /// after.
+    fn grow_by_mapping(&self, ticket: Ticket, bytes: usize, lane: u16) -> Option<(usize, usize, usize)> {
+        self.source.reserved?;
+        let _ticket = self.growth.lock();
+        let mut core = self.core.lock();
+        self.settle_patiently(&mut core);
+        let before = core.len(ticket);
+        let plan = core.plan_growth(ticket, bytes, lane, self.limit())?;
+        drop(core);
+        // SAFETY: as in `grow_by_pieces`.
+        let done = unsafe { self.source.fill(&*self.device.0.driver, &plan) };
+        let mut core = self.core.lock();
+        core.finish_growth(ticket, &plan, done).ok()?;
+        Some((core.start(ticket), before, core.len(ticket)))
     }
 
     /// Notes that work on `stream` uses a live block too.
@@ -331,6 +418,21 @@ impl Inner {
             Ask { bytes: options::rounded(&self.config, bytes).ok_or(overflow)?, align: 1, lane: CLEAN };
         let _ticket = self.growth.lock();
         let driver = &*self.device.0.driver;
+        if self.source.reserved.is_some() {
+            let plan = {
+                let mut core = self.core.lock();
+                self.open()?;
+                core.settle(driver);
+                if core.has_clean(ask.bytes) {
+                    return Ok(());
+                }
+                core.plan(LARGE, ask, self.limit())?
+            };
+            // SAFETY: as in `grow_by_pieces`.
+            let done = unsafe { self.source.fill(driver, &plan) };
+            let mut core = self.core.lock();
+            return core.finish_reserve(&plan, done).map_err(|error| self.out_of_memory(&core, bytes, error));
+        }
         let (need, want) = {
             let mut core = self.core.lock();
             self.open()?;
@@ -363,6 +465,9 @@ impl Inner {
             core.unnest();
             core.clean_done();
         }
+        if self.source.reserved.is_some() {
+            return self.release_pieces(keep);
+        }
         loop {
             let segment = {
                 let mut core = self.core.lock();
@@ -381,6 +486,26 @@ impl Inner {
         }
     }
 
+    /// Gives idle pieces back until at most `keep` free bytes are left; returns the bytes given back.
+    fn release_pieces(&self, keep: usize) -> usize {
+        let driver = &*self.device.0.driver;
+        let _ticket = self.growth.lock();
+        let idle = {
+            let mut core = self.core.lock();
+            let spare = core.idle_bytes().saturating_sub(keep);
+            core.take_idle(spare)
+        };
+        if idle.is_empty() {
+            return 0;
+        }
+        // SAFETY: pieces of this pool in which nothing is live and all work is known to be complete.
+        let done = unsafe { self.source.release(driver, &idle) };
+        let mut core = self.core.lock();
+        let before = core.reserved;
+        core.idle_given(done);
+        before - core.reserved
+    }
+
     /// Says no where the pool was closed. Asked with the books locked.
     #[inline]
     fn open(&self) -> Result<()> {
@@ -394,7 +519,7 @@ impl Inner {
     /// Gives all memory back for good; an error while anything is live. What the driver keeps, or a graph still
     /// needs, goes with the last handle.
     pub(super) fn close(&self) -> Result<()> {
-        let _ticket = self.growth.lock();
+        let ticket = self.growth.lock();
         {
             self.empty_quarantine();
             let core = self.core.lock();
@@ -404,6 +529,7 @@ impl Inner {
             }
         }
         self.wait_for_frees();
+        drop(ticket);
         self.release_idle(0);
         Ok(())
     }
@@ -450,6 +576,20 @@ impl Drop for Inner {
         for event in core.order.take_events() {
             // SAFETY: the pool's own events, used no more.
             let _ = unsafe { driver.event_destroy(event) };
+        }
+        if let Some(pieces) = &mut core.pieces {
+            let (mapped, spare) = pieces.drain();
+            let all: Vec<_> = mapped.into_iter().chain(spare.into_iter().map(|piece| (0, piece))).collect();
+            // SAFETY: every block keeps its pool alive, so none is left, and the device was idle after the last
+            // use. A refusal is tried once more, then the memory leaks.
+            unsafe {
+                let left = self.source.release(&*driver, &all);
+                let left: Vec<_> =
+                    left.mapped.into_iter().chain(left.spare.into_iter().map(|piece| (0, piece))).collect();
+                self.source.release(&*driver, &left);
+                self.source.close(&*driver);
+            }
+            return;
         }
         for (start, _) in core.drain_segments() {
             // SAFETY: segments from `alloc`; every block keeps its pool alive, so none is left, and the

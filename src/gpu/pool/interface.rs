@@ -203,6 +203,8 @@ impl<K: MemoryKind> GpuPool<K> {
             what: broken.invariant,
             found: None,
         };
+        // Growth takes blocks and memory apart.
+        let _growth = self.inner.growth.lock();
         self.inner.core.lock().check().map_err(broken)
     }
 }

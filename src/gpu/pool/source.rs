@@ -1,68 +1,58 @@
-//! Where a pool's segments come from: physical handles mapped into address space of their own where the
-//! device can, the driver's plain allocations elsewhere.
+//! Where a pool's memory comes from: physical pieces mapped into address space of its own where the device can,
+//! the driver's plain allocations elsewhere.
 //!
 //! Mapping costs the same whatever the size, and neither mapping nor unmapping waits for the device, while a
 //! plain free waits for all of its work.
-//!
-//! Invariant: `mapped` has an entry for each segment made of a handle, and for no other.
 
-use std::collections::HashMap;
-
+use super::super::arena::{Done, From, Piece, Plan, Step};
 use super::super::device::GpuDevice;
-use super::super::driver::{Driver, Handle, Space};
+use super::super::driver::{Driver, Space};
 use crate::base::bits::round_up;
-use crate::base::error::{Error, OomReason, Result};
-use crate::base::sync::Lock;
+use crate::base::error::Result;
 
-/// A segment made of a physical handle.
-#[derive(Debug)]
-struct Mapped {
-    len: usize,
-    handle: Handle,
+/// A pool reserves this many times the addresses that the device could fill, so that there is always room for a large
+/// block beside what is live.
+const SPACE: usize = 4;
+/// More than a range can count in granules of 512 bytes is of no use.
+const MOST_SPACE: usize = 508 << 30;
+/// Least units of memory that a pool must be able to hold to be worth address space of its own.
+const LEAST_UNITS: usize = 16;
+
+/// Address space of a pool.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reserved {
+    pub(super) start: usize,
+    pub(super) len: usize,
+    /// Pieces come in multiples of this.
+    pub(super) unit: usize,
 }
 
 #[derive(Debug)]
 pub(super) struct Source {
     space: Space,
-    /// Granularity of handles; `None` for plain allocations.
-    granularity: Option<usize>,
-    mapped: Lock<HashMap<usize, Mapped>>,
+    /// `None` for plain allocations.
+    pub(super) reserved: Option<Reserved>,
 }
 
 impl Source {
-    /// Handles come in multiples of some MiB, so a pool that may hold little takes plain memory.
+    /// Pieces come in multiples of some MiB, so a pool that may hold little takes plain memory; so does one whose
+    /// addresses the driver refuses.
     pub(super) fn new(device: &GpuDevice, space: Space, max_size: usize) -> Self {
-        let granularity = device
-            .0
-            .driver
-            .info()
-            .vmm_granularity
-            .filter(|granularity| space == Space::Device && max_size / granularity >= 16);
-        Self { space, granularity, mapped: Lock::default() }
+        let driver = &device.0.driver;
+        let total = driver.info().total_memory;
+        let unit = driver.info().vmm_granularity;
+        let unit = unit.filter(|unit| space == Space::Device && max_size.min(total) / unit >= LEAST_UNITS);
+        let reserved = unit.and_then(|unit| {
+            let len = round_up(total.saturating_mul(SPACE).min(MOST_SPACE), unit)?;
+            let start = driver.reserve_va(len).ok()?;
+            Some(Reserved { start, len, unit })
+        });
+        Self { space, reserved }
     }
 
-    /// A segment of at least `len` bytes.
-    pub(super) fn take(&self, driver: &dyn Driver, len: usize) -> Result<(usize, usize)> {
-        let Some(granularity) = self.granularity else {
-            return Ok((driver.alloc(self.space, len)?, len));
-        };
-        let len = round_up(len, granularity).ok_or(Error::oom(len, OomReason::Overflow))?;
-        let handle = driver.create_handle(len)?;
-        let start = driver.reserve_va(len).inspect_err(|_| {
-            // SAFETY: the handle is mapped nowhere.
-            let _ = unsafe { driver.release_handle(handle) };
-        })?;
-        // SAFETY: the range was just reserved.
-        if let Err(error) = unsafe { driver.map(start, len, handle) } {
-            // SAFETY: nothing is mapped in the range, and the handle nowhere.
-            unsafe {
-                let _ = driver.free_va(start, len);
-                let _ = driver.release_handle(handle);
-            }
-            return Err(error);
-        }
-        self.mapped.lock().insert(start, Mapped { len, handle });
-        Ok((start, len))
+    /// A segment of `len` bytes.
+    pub(super) fn take(&self, driver: &dyn Driver, len: usize) -> Result<usize> {
+        driver.alloc(self.space, len)
     }
 
     /// Gives a segment back; on failure it is as it was.
@@ -71,25 +61,127 @@ impl Source {
     /// `start` is a segment from [`take`](Self::take); all work on it is known to be complete, and it is used
     /// no more.
     pub(super) unsafe fn give(&self, driver: &dyn Driver, start: usize) -> Result<()> {
-        let mut mapped = self.mapped.lock();
-        let Some(segment) = mapped.get(&start) else {
-            drop(mapped);
-            // SAFETY: the caller's contract; it is no mapped segment, so it came from `alloc`.
-            return unsafe { driver.free(self.space, start) };
-        };
-        // SAFETY: mapped by one call in `take`, and no work touches it.
-        unsafe { driver.unmap(start, segment.len) }?;
-        let segment = mapped.remove(&start);
-        drop(mapped);
-        if let Some(Mapped { len, handle }) = segment {
-            // The segment is gone; address space or memory that the driver refuses to take back is leaked.
+        // SAFETY: the caller's contract.
+        unsafe { driver.free(self.space, start) }
+    }
+
+    /// Does what a plan asks for, and says where every piece of it ended up.
+    ///
+    /// # Safety
+    /// The plan was made by this pool's books: its gaps are unmapped, the pieces it takes lie where it says, and
+    /// all work on them is known to be complete.
+    pub(super) unsafe fn fill(&self, driver: &dyn Driver, plan: &Plan) -> Done {
+        // SAFETY: the caller's contract.
+        let mut done = unsafe { self.release(driver, &plan.releases) };
+        for steps in &plan.gaps {
+            if done.error.is_some() {
+                steps.iter().for_each(|step| leave(step, &mut done));
+                continue;
+            }
+            // SAFETY: the caller's contract.
+            unsafe { fill_gap(driver, steps, &mut done) };
+        }
+        done
+    }
+
+    /// Gives pieces back to the driver, mapped ones and (at address 0) others. What it does not take is in the
+    /// answer.
+    ///
+    /// # Safety
+    /// The pieces lie where it says, and all work on them is known to be complete.
+    pub(super) unsafe fn release(&self, driver: &dyn Driver, pieces: &[(usize, Piece)]) -> Done {
+        let mut done = Done::default();
+        for &(at, piece) in pieces {
+            // SAFETY: the caller's contract.
+            if at != 0 && unsafe { driver.unmap(at, piece.len) }.is_err() {
+                done.mapped.push((at, piece));
+                continue;
+            }
             // A second try gets past a passing failure.
-            // SAFETY: the handle is mapped nowhere any more, and the range is empty.
-            unsafe {
-                let _ = driver.release_handle(handle).or_else(|_| driver.release_handle(handle));
-                let _ = driver.free_va(start, len).or_else(|_| driver.free_va(start, len));
+            let release = || {
+                // SAFETY: the piece is mapped nowhere any more.
+                unsafe { driver.release_handle(piece.handle) }
+            };
+            if release().is_err() && release().is_err() {
+                done.spare.push(piece);
             }
         }
-        Ok(())
+        done
     }
+
+    /// Gives the address space back.
+    ///
+    /// # Safety
+    /// Nothing is mapped in it, and it is used no more.
+    pub(super) unsafe fn close(&self, driver: &dyn Driver) {
+        if let Some(Reserved { start, len, .. }) = self.reserved {
+            // Addresses that the driver refuses to take back twice are leaked.
+            // SAFETY: reserved by `new`; the rest is the caller's contract.
+            let _ = unsafe { driver.free_va(start, len).or_else(|_| driver.free_va(start, len)) };
+        }
+    }
+}
+
+/// Notes that a step was not done: what it would take is where it was.
+fn leave(step: &Step, done: &mut Done) {
+    match step.from {
+        From::Mapped(at, handle) => done.mapped.push((at, Piece { len: step.len, handle })),
+        From::Spare(handle) => done.spare.push(Piece { len: step.len, handle }),
+        From::New => {}
+    }
+}
+
+/// Fills one gap, whose steps touch; all of it or nothing.
+///
+/// # Safety
+/// As for [`Source::fill`].
+unsafe fn fill_gap(driver: &dyn Driver, steps: &[Step], done: &mut Done) {
+    let mut filled: Vec<(usize, Piece)> = Vec::new();
+    let mut result = Ok(());
+    for step in steps {
+        if result.is_err() {
+            leave(step, done);
+            continue;
+        }
+        let taken = match step.from {
+            // SAFETY: the piece lies there, and no work touches it.
+            From::Mapped(at, handle) => unsafe { driver.unmap(at, step.len) }.map(|()| handle),
+            From::Spare(handle) => Ok(handle),
+            From::New => driver.create_handle(step.len),
+        };
+        result = match taken {
+            Err(error) => {
+                leave(step, done);
+                Err(error)
+            }
+            Ok(handle) => {
+                let piece = Piece { len: step.len, handle };
+                // SAFETY: the gap is reserved and unmapped.
+                let mapped = unsafe { driver.map(step.to, step.len, handle) };
+                match mapped {
+                    Ok(()) => filled.push((step.to, piece)),
+                    Err(_) => done.spare.push(piece),
+                }
+                mapped
+            }
+        };
+    }
+    if let (Ok(()), Some(first)) = (result, steps.first()) {
+        let bytes = steps.iter().map(|step| step.len).sum();
+        // SAFETY: all of it was just mapped.
+        result = unsafe { driver.set_access(first.to, bytes) };
+    }
+    if let Err(error) = result {
+        done.error = Some(error);
+        filled.retain(|&(at, piece)| {
+            // SAFETY: just mapped, and nobody has seen it.
+            let gone =
+                unsafe { driver.unmap(at, piece.len).or_else(|_| driver.unmap(at, piece.len)) }.is_ok();
+            if gone {
+                done.spare.push(piece);
+            }
+            !gone
+        });
+    }
+    done.mapped.append(&mut filled);
 }

@@ -12,7 +12,7 @@
 #![forbid(unsafe_code)]
 
 use super::node::NIL;
-use super::{CLEAN, MIXED, Ranges, class_of};
+use super::{CLEAN, FIRST, Ranges, class_of};
 use crate::base::policy::{FreeRange, Policy, Request, Strategy};
 
 /// How many ranges of a bin `Segregated` looks at.
@@ -39,7 +39,7 @@ impl Ranges {
         if !matches!(self.strategy, Strategy::Segregated | Strategy::BestFit) {
             return self.choose_slow(lane, own_first, Need { granules, align });
         }
-        let own = if lane > MIXED { self.best(lane, granules, align) } else { None };
+        let own = if lane >= FIRST { self.best(lane, granules, align) } else { None };
         match own {
             Some((node, size)) if size == granules || own_first => Some(node),
             _ => match (own, self.best(CLEAN, granules, align)) {
@@ -57,7 +57,7 @@ impl Ranges {
             Strategy::Custom(policy) => self.by_policy(&**policy, lanes, need),
             _ => self.lowest(lanes, need),
         };
-        match (lane > MIXED, own_first) {
+        match (lane >= FIRST, own_first) {
             (false, _) => pick(&[CLEAN]),
             (true, false) => pick(&[lane, CLEAN]),
             (true, true) => pick(&[lane]).or_else(|| pick(&[CLEAN])),

@@ -6,7 +6,7 @@
 //!           │        (L2, 17)      │      for lane L2 now, for others once batch 17 of L2 is done
 //! ```
 //! A free range is free *for a lane* (a stream, as a pool numbers them). Lane [`CLEAN`] means free for
-//! anybody. Ranges of one lane merge at once, whatever their batches: the later batch covers the earlier.
+//! anybody, lane [`HOLE`] that there is no memory behind the addresses. Ranges of one lane merge at once, whatever their batches: the later batch covers the earlier.
 //! Ranges of different lanes stay apart until somebody who may use both joins them.
 //!
 //! Invariants
@@ -23,6 +23,7 @@
 mod fit;
 mod lookup;
 mod node;
+mod space;
 #[cfg(test)]
 mod tests;
 mod walk;
@@ -38,8 +39,13 @@ use crate::base::policy::Strategy;
 pub(super) const CLEAN: u16 = 0;
 /// Free once a list of batches is done; the batch of the tag is the list's index.
 pub(super) const MIXED: u16 = 1;
-/// Most lanes, those two included; few under test, so that lanes are given on.
-pub(super) const MAX_LANES: usize = if cfg!(test) { 12 } else { 1 << LANE_BITS };
+/// Free addresses without memory behind them: nobody may use them before memory is mapped there. A live node of
+/// this lane is a claim: it is being made into a block.
+pub(super) const HOLE: u16 = 2;
+/// The first lane that is a stream's or a capture's.
+pub(super) const FIRST: u16 = 3;
+/// Most lanes, those three included; few under test, so that lanes are given on.
+pub(super) const MAX_LANES: usize = if cfg!(test) { 13 } else { 1 << LANE_BITS };
 
 const LANE_BITS: u32 = 12;
 /// Batches count in the rest of the tag; few under test, so that their numbers run out.
@@ -54,6 +60,7 @@ pub(super) struct Tag {
 
 impl Tag {
     pub(super) const CLEAN: Self = Self { lane: CLEAN, batch: 0 };
+    pub(super) const HOLE: Self = Self { lane: HOLE, batch: 0 };
 }
 
 /// The flags of a live node, kept where a free one keeps its batch.
@@ -162,7 +169,7 @@ impl Ranges {
         u32::try_from(granules).ok().filter(|&granules| granules < 1 << 30)
     }
 
-    fn bytes(&self, granules: u32) -> usize {
+    pub(super) fn bytes(&self, granules: u32) -> usize {
         (granules as usize) << self.shift
     }
 
@@ -237,7 +244,9 @@ impl Ranges {
         let node = &mut self.nodes[index as usize];
         node.set_link_prev(NIL);
         node.set_link_next(head);
-        self.free_bytes += (node.granules() as usize) << self.shift;
+        if node.tag().lane != HOLE {
+            self.free_bytes += (node.granules() as usize) << self.shift;
+        }
     }
 
     fn unlink(&mut self, index: u32) {
@@ -255,7 +264,9 @@ impl Ranges {
                 bins.filled[class / 64] &= !(1 << (class % 64));
             }
         }
-        self.free_bytes -= (node.granules() as usize) << self.shift;
+        if node.tag().lane != HOLE {
+            self.free_bytes -= (node.granules() as usize) << self.shift;
+        }
     }
 
     /// Adds a segment, all of it free for `tag`; false where there is no room to note it.
@@ -281,7 +292,14 @@ impl Ranges {
         let node = self.nodes[index as usize];
         let skip = ((self.place(&node).wrapping_neg() & (align - 1)) >> self.shift) as u32;
         let rest = node.granules() - skip - granules;
-        let (granules, rest) = if rest < self.min_rest { (granules + rest, 0) } else { (granules, rest) };
+        let granules = if rest < self.min_rest { granules + rest } else { granules };
+        self.carve_at(index, skip, granules, lane)
+    }
+
+    /// Cuts `granules` out of a free node, `skip` granules behind its start.
+    fn carve_at(&mut self, index: u32, skip: u32, granules: u32, lane: u16) -> Option<u32> {
+        let node = self.nodes[index as usize];
+        let rest = node.granules() - skip - granules;
         let mut block = index;
         if skip != 0 || rest != 0 {
             // Both nodes first, so that a failure changes nothing.
@@ -339,6 +357,11 @@ impl Ranges {
 
     /// Frees a live block for `tag`.
     pub(super) fn free(&mut self, index: u32, tag: Tag) {
+        self.free_joining(index, tag, &|_| false);
+    }
+
+    /// [`free`](Self::free), and joins the neighbours that `also` accepts under `tag`.
+    pub(super) fn free_joining(&mut self, index: u32, tag: Tag, also: &dyn Fn(Tag) -> bool) {
         debug_assert!(self.is_live(index));
         if self.tag(index).batch & PUBLISHED != 0 {
             self.unpublish(index);
@@ -347,7 +370,7 @@ impl Ranges {
         let granules = self.nodes[index as usize].granules();
         self.nodes[index as usize].set(granules, FREE);
         self.nodes[index as usize].set_tag(tag);
-        let merged = self.merge(index, &|_| false);
+        let merged = self.merge(index, also);
         self.link(merged);
         self.note_idle(merged);
     }
@@ -437,6 +460,11 @@ impl Ranges {
             class = filled + 1;
         }
         found
+    }
+
+    /// Calls `visit` with place and size of every free range of a lane.
+    pub(super) fn free_in_lane(&self, lane: u16, visit: &mut dyn FnMut(usize, usize)) {
+        self.in_lane(lane).into_iter().for_each(|(node, _)| visit(self.start(node), self.len(node)));
     }
 
     /// Whether the lane has free ranges here.

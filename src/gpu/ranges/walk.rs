@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::node::{FREE, LIVE, NIL};
-use super::{MIXED, PUBLISHED, Range, Ranges};
+use super::{HOLE, MIXED, PUBLISHED, Range, Ranges};
 use crate::engine::Broken;
 
 impl Ranges {
@@ -38,7 +38,7 @@ impl Ranges {
     pub(in crate::gpu) fn largest_free(&self) -> usize {
         let mut largest = 0;
         self.for_each(&mut |range| {
-            if !range.live {
+            if !range.live && range.tag.lane != HOLE {
                 largest = largest.max(range.len);
             }
         });
@@ -66,7 +66,9 @@ impl Ranges {
                         }
                     }
                     FREE => {
-                        free += self.bytes(node.granules());
+                        if node.tag().lane != HOLE {
+                            free += self.bytes(node.granules());
+                        }
                         free_nodes += 1;
                         let lane = node.tag().lane;
                         if last.is_some_and(|last| last.state() == FREE && last.tag().lane == lane)

@@ -332,18 +332,17 @@ unsafe impl Driver for CudaDevice {
     }
 
     unsafe fn map(&self, addr: usize, bytes: usize, handle: Handle) -> Result<()> {
-        const READ_WRITE: c_int = 3;
         let at = addr as u64;
         // SAFETY: invariants 1 and 3.
-        self.relaxed("cuMemMap", |api| unsafe { (api.handle_map)(at, bytes, 0, handle.0, 0) })?;
+        self.relaxed("cuMemMap", |api| unsafe { (api.handle_map)(at, bytes, 0, handle.0, 0) })
+    }
+
+    unsafe fn set_access(&self, addr: usize, bytes: usize) -> Result<()> {
+        const READ_WRITE: c_int = 3;
+        let at = addr as u64;
         let access = AccessDesc { location: self.location(), flags: READ_WRITE };
         // SAFETY: invariants 1, 2 and 3.
-        let shown = self.relaxed("cuMemSetAccess", |api| unsafe { (api.set_access)(at, bytes, &access, 1) });
-        if shown.is_err() {
-            // SAFETY: invariants 1 and 3.
-            self.relaxed("cuMemUnmap", |api| unsafe { (api.handle_unmap)(at, bytes) })?;
-        }
-        shown
+        self.relaxed("cuMemSetAccess", |api| unsafe { (api.set_access)(at, bytes, &access, 1) })
     }
 
     unsafe fn unmap(&self, addr: usize, bytes: usize) -> Result<()> {

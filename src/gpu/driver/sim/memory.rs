@@ -36,6 +36,8 @@ struct Mapped {
     host: usize,
     /// The piece shown; `None` for host memory.
     piece: Option<u64>,
+    /// Whether work may touch it.
+    accessible: bool,
 }
 
 /// All memory of one simulated world.
@@ -104,7 +106,7 @@ impl Memory {
         let Some(piece) = self.pieces.get_mut(&id).filter(|piece| piece.len >= bytes) else { return false };
         piece.maps += 1;
         let host = piece.host.as_ptr() as usize;
-        self.mapped.insert(addr, Mapped { len: bytes, host, piece: Some(id) });
+        self.mapped.insert(addr, Mapped { len: bytes, host, piece: Some(id), accessible: false });
         true
     }
 
@@ -122,7 +124,7 @@ impl Memory {
     /// Host memory: an address that the CPU may touch.
     pub(super) fn alloc_host(&mut self, bytes: usize) -> Result<usize> {
         let base = os::map(pages(bytes), os::page_size(), Access::ReadWrite)?.as_ptr() as usize;
-        self.mapped.insert(base, Mapped { len: pages(bytes), host: base, piece: None });
+        self.mapped.insert(base, Mapped { len: pages(bytes), host: base, piece: None, accessible: true });
         Ok(base)
     }
 
@@ -133,6 +135,28 @@ impl Memory {
         // SAFETY: the mapping came from `alloc_host` and left the table.
         unsafe { os::unmap(NonNull::new(addr as *mut u8)?, len) };
         Some(len)
+    }
+
+    /// How many pieces are mapped side by side in the range; `None` where they do not fill it.
+    pub(super) fn pieces_in(&self, addr: usize, bytes: usize) -> Option<usize> {
+        let (mut at, mut pieces) = (addr, 0);
+        while at < addr + bytes {
+            let mapped = self.mapped.get(&at)?;
+            mapped.piece?;
+            at += mapped.len;
+            pieces += 1;
+        }
+        (at == addr + bytes).then_some(pieces)
+    }
+
+    /// Bytes of a piece.
+    pub(super) fn piece_len(&self, id: u64) -> usize {
+        self.pieces.get(&id).map_or(0, |piece| piece.len)
+    }
+
+    /// Makes mapped memory accessible.
+    pub(super) fn set_access(&mut self, addr: usize, bytes: usize) {
+        self.mapped.range_mut(addr..addr + bytes).for_each(|(_, mapped)| mapped.accessible = true);
     }
 
     /// The piece that is mapped at `addr`, with the length of its mapping.
@@ -152,6 +176,7 @@ impl Memory {
         while len > 0 {
             let found = self.mapped.range(..=addr).next_back().filter(|(start, m)| **start + m.len > addr);
             let run = match found {
+                Some((_, m)) if !m.accessible => return None,
                 Some((start, m)) => (m.host + (addr - start), len.min(start + m.len - addr)),
                 None if self.is_device(addr) => return None,
                 None => (addr, len),

@@ -233,6 +233,7 @@ unsafe impl Driver for SimDevice {
                     world.memory.release(piece);
                 })?;
                 world.memory.map(addr, bytes, piece);
+                world.memory.set_access(addr, bytes);
                 Ok(addr)
             }),
             Space::Pinned { .. } => self.with("cuMemHostAlloc", costs::pinned(bytes), |world| {
@@ -288,9 +289,12 @@ unsafe impl Driver for SimDevice {
 
     unsafe fn release_handle(&self, handle: Handle) -> Result<()> {
         let call = "cuMemRelease";
-        self.with(call, costs::release(0), |world| match world.memory.release(handle.0) {
-            true => Ok(()),
-            false => Err(invalid(call)),
+        self.with(call, 0, |world| {
+            world.now_ns += costs::release(world.memory.piece_len(handle.0));
+            match world.memory.release(handle.0) {
+                true => Ok(()),
+                false => Err(invalid(call)),
+            }
         })
     }
 
@@ -298,6 +302,16 @@ unsafe impl Driver for SimDevice {
         self.with("cuMemMap", costs::MAP, |world| match world.memory.map(addr, bytes, handle.0) {
             true => Ok(()),
             false => Err(invalid("cuMemMap")),
+        })
+    }
+
+    unsafe fn set_access(&self, addr: usize, bytes: usize) -> Result<()> {
+        let call = "cuMemSetAccess";
+        self.with(call, 0, |world| {
+            let pieces = world.memory.pieces_in(addr, bytes).ok_or(invalid(call))?;
+            world.now_ns += costs::access(pieces);
+            world.memory.set_access(addr, bytes);
+            Ok(())
         })
     }
 
@@ -497,6 +511,18 @@ impl Simulation {
     /// learn that, it must ask the driver as ever.
     pub fn run_all(&self) {
         self.device.world.lock().run_all();
+    }
+
+    /// Device memory straight from the simulated driver, as `cuMemAlloc` gives it: its address.
+    pub fn malloc(&self, bytes: usize) -> Result<usize> {
+        self.device.alloc(Space::Device, bytes)
+    }
+
+    /// Frees what [`malloc`](Self::malloc) gave, and waits for all work as `cuMemFree` does. The simulated device
+    /// refuses any other address.
+    pub fn free(&self, address: usize) -> Result<()> {
+        // SAFETY: the simulation checks the address; work that comes too late is a hazard that it reports.
+        unsafe { self.device.free(Space::Device, address) }
     }
 
     /// Issues a kernel to `stream` that takes `ns` nanoseconds, touches `touches` (and nothing else), and

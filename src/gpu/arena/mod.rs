@@ -1,0 +1,400 @@
+//! A pool's memory as one stretch of address space in which physical pieces move.
+//!
+//! ```text
+//!   address space  | A  | free |  B  |   hole    |  C |      hole               …
+//!   pieces         [ p0 ][ p1 ][ p2 ]            [ p3 ]
+//! ```
+//! A request takes the best fit among free ranges that have memory. On a miss it goes where the least memory is
+//! missing; what is missing comes from pieces that lie wholly free elsewhere (unmapped there, mapped here), and
+//! from the driver only when there are none. So what a pool reserves follows what is live, whatever the order
+//! in which blocks come and go, and nothing waits for the device: a piece moves only when all work on it is
+//! known to be complete.
+//!
+//! A miss has three steps. [`Core::plan`] claims the place and takes the pieces out, under the pool's lock; the
+//! driver is called with no lock held (see `pool::source`); [`Core::finish`] makes the block, or puts everything
+//! back where it failed.
+//!
+//! Invariants
+//! 1. Every range that is no hole is covered by mapped pieces, and a hole by none; claims may be either.
+//! 2. A piece is taken from where it lies only out of a range of lane `CLEAN`.
+//! 3. One plan is under way at a time (the pool's growth lock).
+//! 4. `reserved` is the bytes of all pieces while no plan is under way.
+
+#![forbid(unsafe_code)]
+
+mod pieces;
+#[cfg(test)]
+mod tests;
+
+pub(super) use pieces::{From, Piece, Pieces};
+
+use pieces::Gap;
+
+use super::core::{Ask, Core, LARGE, Placed, Ticket};
+use super::ranges::{CLEAN, HOLE, MIXED, Range, Tag};
+use crate::base::bits::round_up;
+use crate::base::error::{Error, OomReason, Result};
+use crate::engine::Broken;
+
+/// A piece of memory for a stretch of a gap.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Step {
+    pub(super) to: usize,
+    pub(super) len: usize,
+    pub(super) from: From,
+}
+
+/// What the driver has to do for a request, and what was claimed for it meanwhile.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// The filling of each gap, from low to high addresses.
+    pub(super) gaps: Vec<Vec<Step>>,
+    /// Pieces to be given back first.
+    pub(super) releases: Vec<(usize, Piece)>,
+    zone: usize,
+    claims: Vec<(u32, Tag)>,
+    start: usize,
+    granules: u32,
+    lane: u16,
+}
+
+/// What the driver did.
+#[derive(Debug, Default)]
+pub(super) struct Done {
+    /// Pieces that lie at addresses, accessible.
+    pub(super) mapped: Vec<(usize, Piece)>,
+    /// Pieces that lie nowhere.
+    pub(super) spare: Vec<Piece>,
+    pub(super) error: Option<Error>,
+}
+
+impl Core {
+    /// Claims a place for `ask` and the pieces that fill it, so that the pool holds `max_size` bytes at most.
+    pub(super) fn plan(&mut self, zone: usize, ask: Ask, max_size: usize) -> Result<Plan> {
+        let full = Error::oom(ask.bytes, OomReason::Limit(max_size));
+        let Some(pieces) = &self.pieces else { return Err(full) };
+        let granules = self.zones[zone].granules(ask.bytes).ok_or(full)?;
+        let order = &self.order;
+        let usable = |tag: Tag| tag.lane != MIXED && order.may_use(ask.lane, tag);
+        let place = self.zones[zone].best_place(granules, ask.align, pieces.unit, &usable);
+        let (first, start) = place.ok_or(full)?;
+        let end = start + self.zones[zone].bytes(granules);
+        let parts = self.zones[zone].covering(first, end, &usable).ok_or(full)?;
+        let plan = Plan {
+            gaps: Vec::new(),
+            releases: Vec::new(),
+            zone,
+            claims: Vec::new(),
+            start,
+            granules,
+            lane: ask.lane,
+        };
+        self.fill(plan, &parts, max_size).ok_or(full)
+    }
+
+    /// Claims what a live block lacks to grow to `bytes` where it is.
+    pub(super) fn plan_growth(
+        &mut self,
+        ticket: Ticket,
+        bytes: usize,
+        lane: u16,
+        max: usize,
+    ) -> Option<Plan> {
+        let (zone, node) = (ticket.zone(), ticket.node());
+        self.pieces.as_ref()?;
+        let granules = self.zones[zone].granules(bytes)?;
+        let (start, len) = (self.zones[zone].start(node), self.zones[zone].len(node));
+        let order = &self.order;
+        let usable = |tag: Tag| tag.lane != MIXED && order.may_use(lane, tag);
+        let end = start + self.zones[zone].bytes(granules);
+        let parts = self.zones[zone].covering(self.zones[zone].after(node), end, &usable)?;
+        let plan = Plan {
+            gaps: Vec::new(),
+            releases: Vec::new(),
+            zone,
+            claims: Vec::new(),
+            start: start + len,
+            granules: granules - (len / self.zones[zone].bytes(1)) as u32,
+            lane,
+        };
+        self.fill(plan, &parts, max)
+    }
+
+    /// Chooses pieces for the gaps among `parts` and claims everything; `None` where that would take more than
+    /// the pool may hold, or the host has no memory for the books.
+    fn fill(&mut self, mut plan: Plan, parts: &[Range], max_size: usize) -> Option<Plan> {
+        let end = plan.start + self.zones[plan.zone].bytes(plan.granules);
+        let pieces = self.pieces.as_ref()?;
+        let gaps: Vec<Gap> = parts
+            .iter()
+            .filter(|part| part.tag.lane == HOLE)
+            .map(|part| Gap {
+                start: plan.start.max(part.start) & !(pieces.unit - 1),
+                end: round_up(end.min(part.start + part.len), pieces.unit).unwrap_or(end),
+                low: part.start,
+                high: part.start + part.len,
+            })
+            .collect();
+        let mut at_hand = self.at_hand(plan.start, end);
+        let before = at_hand.clone();
+        let choose = |at_hand: &mut Vec<(usize, From)>, usual| -> Vec<Vec<(usize, From)>> {
+            gaps.iter().map(|gap| pieces.choose(gap, at_hand, usual)).collect()
+        };
+        let new_bytes = |chosen: &[Vec<(usize, From)>]| -> usize {
+            chosen.iter().flatten().filter(|(_, from)| *from == From::New).map(|(len, _)| len).sum()
+        };
+        let mut chosen = choose(&mut at_hand, Some(pieces.usual()));
+        if self.reserved + new_bytes(&chosen) > max_size {
+            at_hand = before;
+            chosen = choose(&mut at_hand, None);
+        }
+        // What is at hand and fits nowhere goes back, rather than that the pool takes more than ever.
+        let (new, most) = (new_bytes(&chosen), max_size.min(self.peak_reserved()));
+        let mut reserved = self.reserved;
+        let mut spares = Vec::new();
+        while new != 0 && reserved + new > most {
+            let Some((len, from)) = at_hand.pop() else { break };
+            reserved -= len;
+            match from {
+                From::Mapped(at, _) => plan.releases.push((at, pieces.within(at, at + 1).next()?.1)),
+                From::Spare(handle) => spares.push(handle),
+                From::New => {}
+            }
+        }
+        if reserved + new > max_size {
+            return None;
+        }
+        for (gap, chosen) in gaps.iter().zip(chosen) {
+            let addresses = gap.addresses(chosen.iter().map(|&(len, _)| len));
+            let steps = chosen.into_iter().zip(addresses).map(|((len, from), to)| Step { to, len, from });
+            let mut steps: Vec<Step> = steps.collect();
+            steps.sort_unstable_by_key(|step| step.to);
+            plan.gaps.push(steps);
+        }
+        self.claim(plan, parts, &spares)
+    }
+
+    /// What lies wholly free outside of `[start, end)`, and what lies nowhere, by length.
+    fn at_hand(&self, start: usize, end: usize) -> Vec<(usize, From)> {
+        let Some(pieces) = &self.pieces else { return Vec::new() };
+        let mut found: Vec<(usize, From)> =
+            pieces.spare.iter().map(|piece| (piece.len, From::Spare(piece.handle))).collect();
+        for zone in &self.zones {
+            for lane in self.movable_lanes() {
+                zone.free_in_lane(lane, &mut |from, len| {
+                    let inside = pieces.within(from, from + len).filter(|(at, piece)| {
+                        at + piece.len <= from + len && (at + piece.len <= start || *at >= end)
+                    });
+                    found.extend(inside.map(|(at, piece)| (piece.len, From::Mapped(at, piece.handle))));
+                });
+            }
+        }
+        // Among equals the highest goes first, so that what stays is compact.
+        found.sort_unstable_by_key(|&(len, from)| {
+            let at = if let From::Mapped(at, _) = from { at } else { usize::MAX };
+            (len, at)
+        });
+        found
+    }
+
+    /// The lanes out of whose ranges pieces may be taken (invariant 2).
+    fn movable_lanes(&self) -> Vec<u16> {
+        #[cfg(test)]
+        if self.order.mutant == Some(super::order::Mutant::MoveBusy) {
+            return std::iter::once(CLEAN).chain(super::ranges::FIRST..self.order.lanes()).collect();
+        }
+        vec![CLEAN]
+    }
+
+    fn make_hole(&mut self, at: usize, len: usize) {
+        for lane in self.movable_lanes() {
+            if self.zones.iter_mut().any(|zone| zone.convert(lane, at, len, Tag::HOLE)) {
+                return;
+            }
+        }
+    }
+
+    fn claim(&mut self, mut plan: Plan, parts: &[Range], spares: &[super::driver::Handle]) -> Option<Plan> {
+        let taken: Vec<usize> = plan
+            .gaps
+            .iter()
+            .flatten()
+            .filter_map(|step| if let From::Mapped(at, _) = step.from { Some(at) } else { None })
+            .chain(plan.releases.iter().map(|(at, _)| *at))
+            .collect();
+        // Each cut makes two nodes at most; with them at hand nothing below fails.
+        let nodes = 2 * (parts.len() + taken.len()) + 4;
+        if !self.zones.iter_mut().all(|zone| zone.prepare(nodes)) {
+            return None;
+        }
+        let zone = &mut self.zones[plan.zone];
+        let end = plan.start + zone.bytes(plan.granules);
+        let mut gaps = plan.gaps.iter();
+        for part in parts {
+            let (from, to) = if part.tag.lane == HOLE {
+                let steps = gaps.next()?;
+                (steps.first()?.to, steps.last().map(|step| step.to + step.len)?)
+            } else {
+                (plan.start.max(part.start), end.min(part.start + part.len))
+            };
+            plan.claims.push((zone.claim(part.node, from, to)?, part.tag));
+        }
+        for at in taken {
+            let piece = self.pieces.as_mut()?.remove(at)?;
+            self.make_hole(at, piece.len);
+        }
+        let pieces = self.pieces.as_mut()?;
+        for step in plan.gaps.iter().flatten() {
+            if let From::Spare(handle) = step.from {
+                pieces.take_spare(handle);
+            }
+        }
+        for &handle in spares {
+            plan.releases.extend(pieces.take_spare(handle).map(|piece| (0, piece)));
+        }
+        Some(plan)
+    }
+
+    /// Makes the block of a plan that succeeded; puts things back where it failed.
+    pub(super) fn finish(&mut self, plan: &Plan, done: Done, ask: Ask) -> Result<Placed> {
+        let node = self.joined(plan, done)?;
+        Ok(self.hand_out(plan.zone, node, ask))
+    }
+
+    /// Makes the memory of a plan free for everybody.
+    pub(super) fn finish_reserve(&mut self, plan: &Plan, done: Done) -> Result<()> {
+        let node = self.joined(plan, done)?;
+        self.zones[plan.zone].free(node, Tag::CLEAN);
+        Ok(())
+    }
+
+    fn joined(&mut self, plan: &Plan, done: Done) -> Result<u32> {
+        self.settle_plan(plan, done)?;
+        let nodes: Vec<u32> = plan.claims.iter().map(|&(node, _)| node).collect();
+        Ok(self.zones[plan.zone].join_claims(&nodes, plan.start, plan.granules, plan.lane))
+    }
+
+    /// Adds the memory of a plan that succeeded to the block that grows; puts things back where it failed.
+    pub(super) fn finish_growth(&mut self, ticket: Ticket, plan: &Plan, done: Done) -> Result<()> {
+        self.settle_plan(plan, done)?;
+        let nodes: Vec<u32> = plan.claims.iter().map(|&(node, _)| node).collect();
+        let zone = &mut self.zones[plan.zone];
+        let before = zone.len(ticket.node());
+        let granules = (before / zone.bytes(1)) as u32 + plan.granules;
+        zone.join_behind(ticket.node(), &nodes, granules);
+        self.live += self.zones[plan.zone].len(ticket.node()) - before;
+        self.note_peak();
+        Ok(())
+    }
+
+    fn settle_plan(&mut self, plan: &Plan, done: Done) -> Result<()> {
+        self.note_source_call();
+        for piece in done.spare {
+            self.pieces.iter_mut().for_each(|pieces| pieces.put_spare(piece));
+        }
+        if done.error.is_some() {
+            for &(node, tag) in &plan.claims {
+                self.zones[plan.zone].free(node, tag);
+            }
+        }
+        for &(at, piece) in &done.mapped {
+            let planned = plan.gaps.iter().flatten().any(|step| step.to == at);
+            self.pieces.iter_mut().for_each(|pieces| pieces.insert(at, piece));
+            // What could not be moved, or was moved in vain.
+            if done.error.is_some() || !planned {
+                self.zones.iter_mut().any(|zone| zone.convert(HOLE, at, piece.len, Tag::CLEAN));
+            }
+        }
+        self.set_reserved(self.pieces.as_ref().map_or(0, Pieces::bytes));
+        done.error.map_or(Ok(()), Err)
+    }
+
+    /// Takes idle pieces of at most `at_most` bytes together out of use, to be given back.
+    pub(super) fn take_idle(&mut self, at_most: usize) -> Vec<(usize, Piece)> {
+        let mut room = at_most;
+        let mut idle = Vec::new();
+        // The largest first: the fewest calls.
+        for (len, from) in self.at_hand(0, 0).into_iter().rev() {
+            if len > room || !self.zones.iter_mut().all(|zone| zone.prepare(2)) {
+                continue;
+            }
+            let Some(pieces) = &mut self.pieces else { break };
+            match from {
+                From::Mapped(at, _) => {
+                    let Some(piece) = pieces.remove(at) else { continue };
+                    self.make_hole(at, len);
+                    idle.push((at, piece));
+                }
+                From::Spare(handle) => idle.extend(pieces.take_spare(handle).map(|piece| (0, piece))),
+                From::New => continue,
+            }
+            room -= len;
+        }
+        idle
+    }
+
+    /// Takes back what the driver did not want; notes what is gone.
+    pub(super) fn idle_given(&mut self, done: Done) {
+        self.note_source_call();
+        for piece in done.spare {
+            self.pieces.iter_mut().for_each(|pieces| pieces.put_spare(piece));
+        }
+        for (at, piece) in done.mapped {
+            self.pieces.iter_mut().for_each(|pieces| pieces.insert(at, piece));
+            self.zones.iter_mut().any(|zone| zone.convert(HOLE, at, piece.len, Tag::CLEAN));
+        }
+        self.set_reserved(self.pieces.as_ref().map_or(0, Pieces::bytes));
+    }
+
+    /// Forgets all blocks; the memory stays where it lies.
+    pub(super) fn reset_space(&mut self) {
+        let Some(pieces) = &self.pieces else { return };
+        for zone in &mut self.zones {
+            let spaces = zone.segments();
+            zone.clear();
+            for (start, len) in spaces {
+                // There were as many nodes a moment ago, so there is room.
+                zone.add_space(start, len);
+                for (at, piece) in pieces.within(start, start + len) {
+                    zone.convert(HOLE, at, piece.len, Tag::CLEAN);
+                }
+            }
+        }
+    }
+
+    /// The zone that a request may go to when its own has no memory left.
+    pub(super) fn other_zone(&self, zone: usize) -> Option<usize> {
+        (self.pieces.is_some() && zone != LARGE).then_some(LARGE)
+    }
+
+    /// Walks the invariants of the pieces.
+    pub(super) fn check_pieces(&self) -> Result<(), Broken> {
+        let Some(pieces) = &self.pieces else { return Ok(()) };
+        let (mut backed, mut broken) = (0, None);
+        for zone in &self.zones {
+            zone.for_each(&mut |range| {
+                if range.tag.lane == HOLE {
+                    let inside = pieces.within(range.start, range.start + range.len).next();
+                    if !range.live && (inside.is_some() || pieces.covers(range.start)) {
+                        broken = Some(range.start);
+                    }
+                } else {
+                    backed += range.len;
+                    if !pieces.cover_all(range.start, range.start + range.len) {
+                        broken = Some(range.start);
+                    }
+                }
+            });
+        }
+        if let Some(at) = broken {
+            return Err(Broken { invariant: "what is no hole has memory behind it", at });
+        }
+        if backed != pieces.mapped_bytes() {
+            return Err(Broken { invariant: "memory lies where ranges are", at: backed });
+        }
+        if pieces.bytes() != self.reserved {
+            return Err(Broken { invariant: "reserved is the sum of the pieces", at: pieces.bytes() });
+        }
+        Ok(())
+    }
+}
