@@ -44,6 +44,21 @@ fn replays_a_trace() {
 }
 
 #[test]
+fn replays_on_the_simulated_device() {
+    let file = TraceFile::new("device");
+    for pool in ["device", "cuda-malloc"] {
+        let (code, out, err) = run(&["replay", file.path(), "--pool", pool, "--driver", "sim", "--json"]);
+        assert_eq!((code, err.as_str()), (0, ""));
+        assert!(out.contains("\"peak_live\":3072,") && out.contains("\"cold_driver_ns\":"), "{out}");
+    }
+    let record = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0];
+    std::fs::write(&file.0, record).unwrap();
+    let small = ["replay", file.path(), "--pool", "device", "--memory", "3"];
+    let (code, _, err) = run(&small);
+    assert!(code == 1 && err.contains("4294967296 bytes live at once"), "{err}");
+}
+
+#[test]
 fn says_what_is_wrong() {
     let file = TraceFile::new("wrong");
     let (code, _, err) = run(&["replay"]);
@@ -52,6 +67,12 @@ fn says_what_is_wrong() {
     assert!(code == 2 && err.contains("no pool `swamp`"), "{err}");
     let (code, _, err) = run(&["replay", file.path(), "--fast"]);
     assert!(code == 2 && err.contains("--fast"), "{err}");
+    let (code, _, err) = run(&["replay", file.path(), "--driver", "sim"]);
+    assert!(code == 2 && err.contains("no pool of a device"), "{err}");
+    let (code, _, err) = run(&["replay", file.path(), "--pool", "device", "--driver", "tape"]);
+    assert!(code == 2 && err.contains("no driver `tape`"), "{err}");
+    let (code, _, err) = run(&["replay", file.path(), "--pool", "cuda-async", "--driver", "sim"]);
+    assert!(code == 1 && err.contains("--driver cuda"), "{err}");
     let (code, _, err) = run(&["frobnicate"]);
     assert!(code == 2 && err.contains("no command `frobnicate`"), "{err}");
     let (code, _, err) = run(&["replay", "/nonexistent/file"]);

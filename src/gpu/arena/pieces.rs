@@ -1,7 +1,7 @@
 //! The physical pieces of a pool, and which of them should fill a gap.
 //!
 //! The driver's price is one a piece, whatever its size, so pieces are few and large: each new one is about a
-//! thirty-second of what the pool holds, from one unit up to 32 MiB (or a thousandth of the pool, if that is
+//! sixty-fourth of what the pool holds, from one unit up to 32 MiB (or a thousandth of the pool, if that is
 //! more). Where a gap is larger than that, it gets larger pieces.
 
 #![forbid(unsafe_code)]
@@ -15,7 +15,7 @@ const LARGE_PIECE: usize = 32 << 20;
 /// ... of which the pool then has this many, before they grow further.
 const MANY: usize = 1024;
 /// The part of the pool that a new piece is, while pieces are smaller than that.
-const PART: usize = 32;
+const PART: usize = 64;
 /// How much more than usual a piece may be where the gap is as large.
 const STRETCH: usize = 4;
 
