@@ -546,9 +546,16 @@ impl<T> DeviceSliceMut<'_, T> {
         }
         let driver = &stream.device().0.driver;
         stream.wait_for(&source.block.home)?;
+        let (to, from) = (self.block.device(), source.block.device());
         // SAFETY: both blocks are live until freed, which is ordered after the copy; a mutable slice overlaps
         // no other.
-        self.block.on(stream, || unsafe { driver.copy(self.start, source.start, bytes, stream.raw()) })?;
+        self.block.on(stream, || unsafe {
+            if to.same(from) {
+                return driver.copy(self.start, source.start, bytes, stream.raw());
+            }
+            let (to, from) = ((self.start, &*to.0.driver), (source.start, &*from.0.driver));
+            driver.copy_peer(to, from, bytes, stream.raw())
+        })?;
         source.block.joined(stream)
     }
 

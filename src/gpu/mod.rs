@@ -24,6 +24,7 @@ mod order;
 mod order_tests;
 mod pool;
 mod ranges;
+mod share;
 mod stream;
 mod vec;
 
@@ -36,5 +37,6 @@ pub use host::{HostBuffer, ManagedBuffer, PinnedBuffer, Transfer};
 pub use interop::{CudaBuffer, copy_from_cuda};
 pub use kind::{Device, HostAccessible, Managed, MemoryKind, Pinned};
 pub use pool::{DevicePool, GpuPool, ManagedPool, PinnedPool};
+pub use share::{SharedDeviceMemory, SharedExport};
 pub use stream::{GpuEvent, Stream, StreamScope};
 pub use vec::{DeviceBox, DeviceVec};

@@ -14,6 +14,7 @@ pub(crate) mod cuda;
 pub(crate) mod sim;
 
 use core::fmt;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use crate::base::error::Result;
 
@@ -35,6 +36,15 @@ pub(crate) struct RawEvent(pub(crate) usize);
 /// A piece of physical memory, to be mapped at addresses of choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Handle(pub(crate) u64);
+
+/// A mapped handle as another process may have it.
+#[derive(Debug)]
+pub(crate) struct Exported {
+    /// Where it is mapped here.
+    pub(crate) start: usize,
+    pub(crate) bytes: usize,
+    pub(crate) descriptor: OwnedFd,
+}
 
 /// An executable graph as the driver names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -125,6 +135,14 @@ pub(crate) unsafe trait Driver: Send + Sync + fmt::Debug {
     /// The range was mapped by one `map`; work in flight does not touch it.
     unsafe fn unmap(&self, addr: usize, bytes: usize) -> Result<()>;
 
+    /// The handle mapped around `addr`, for another process. The descriptor keeps the memory alive, and so does
+    /// whatever was imported from it.
+    fn export(&self, addr: usize) -> Result<Exported>;
+
+    /// The physical memory behind a descriptor from `export`, of this process or another. It may be `map`ped like one
+    /// from `create_handle`; its bytes are those of the exporter.
+    fn import(&self, descriptor: BorrowedFd<'_>, bytes: usize) -> Result<Handle>;
+
     /// A stream that does not wait for the legacy default stream.
     fn stream_create(&self) -> Result<RawStream>;
     /// # Safety
@@ -150,6 +168,23 @@ pub(crate) unsafe trait Driver: Send + Sync + fmt::Debug {
     /// Both ranges are memory of this process's devices or host memory, and stay valid until the copy ran.
     unsafe fn copy(&self, dst: usize, src: usize, bytes: usize, stream: RawStream) -> Result<()>;
 
+    /// Copies from memory of device `from` to memory of device `to`, in the order of a `stream` of this device. Neither
+    /// need reach the other.
+    ///
+    /// # Safety
+    /// As for `copy`, and the ranges lie on those devices.
+    unsafe fn copy_peer(
+        &self,
+        (dst, to): (usize, &dyn Driver),
+        (src, from): (usize, &dyn Driver),
+        bytes: usize,
+        stream: RawStream,
+    ) -> Result<()> {
+        let _ = (to, from);
+        // SAFETY: the caller's contract.
+        unsafe { self.copy(dst, src, bytes, stream) }
+    }
+
     /// Fills with one byte, in the order of `stream`.
     ///
     /// # Safety
@@ -168,7 +203,7 @@ pub(crate) unsafe trait Driver: Send + Sync + fmt::Debug {
     /// The graph came from `end_capture` and is not used again.
     unsafe fn graph_destroy(&self, graph: RawGraph) -> Result<()>;
 
-    /// Lets this device reach the memory of another.
+    /// Lets this device reach the memory of another: what that one holds, and what it takes or maps from now on.
     fn enable_peer(&self, other: &dyn Driver) -> Result<()>;
 
     /// A pool hands out `[addr, addr + len)` for work on `stream`, or for the CPU where that is `None`.

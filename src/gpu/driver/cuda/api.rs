@@ -89,6 +89,7 @@ functions! {
     context_push = "cuCtxPushCurrent_v2": fn(Opaque);
     context_pop = "cuCtxPopCurrent_v2": fn(*mut Opaque);
     context_sync = "cuCtxSynchronize": fn();
+    can_peer = "cuDeviceCanAccessPeer": fn(*mut c_int, c_int, c_int);
     enable_peer = "cuCtxEnablePeerAccess": fn(Opaque, c_uint);
     memory_info = "cuMemGetInfo_v2": fn(*mut usize, *mut usize);
     alloc = "cuMemAlloc_v2": fn(*mut u64, usize);
@@ -103,6 +104,8 @@ functions! {
     handle_map = "cuMemMap": fn(u64, usize, usize, u64, u64);
     handle_unmap = "cuMemUnmap": fn(u64, usize);
     set_access = "cuMemSetAccess": fn(u64, usize, *const AccessDesc, usize);
+    handle_export = "cuMemExportToShareableHandle": fn(*mut c_void, u64, c_int, u64);
+    handle_import = "cuMemImportFromShareableHandle": fn(*mut u64, *mut c_void, c_int);
     granularity = "cuMemGetAllocationGranularity": fn(*mut usize, *const AllocationProp, c_int);
     stream_create = "cuStreamCreate": fn(*mut Opaque, c_uint);
     stream_destroy = "cuStreamDestroy_v2": fn(Opaque);
@@ -115,6 +118,7 @@ functions! {
     event_query = "cuEventQuery": fn(Opaque);
     event_sync = "cuEventSynchronize": fn(Opaque);
     copy = "cuMemcpyAsync": fn(u64, u64, usize, Opaque);
+    copy_peer = "cuMemcpyPeerAsync": fn(u64, Opaque, u64, Opaque, usize, Opaque);
     fill = "cuMemsetD8Async": fn(u64, u8, usize, Opaque);
     host_call = "cuLaunchHostFunc": fn(Opaque, unsafe extern "C" fn(*mut c_void), *mut c_void);
     is_capturing = "cuStreamIsCapturing": fn(Opaque, *mut c_int);

@@ -13,24 +13,35 @@
 //!    addresses are as each method's contract says: who calls an `unsafe` method vouches for it, and
 //!    `stream_from_raw` asks it of those who bring a stream.
 //! 4. `context` lives as long as the value: it was retained, or its owner is kept.
+//!
+//! Who locks what: `mapped` is a leaf, held while a mapping is made, shown to a peer, exported or removed, so that a
+//! peer that comes late sees every mapping exactly once.
 
 mod api;
+mod mapped;
 
 use core::ffi::{c_int, c_void};
 use core::fmt;
 use core::ptr::null_mut;
 use std::any::Any;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
-use api::{AccessDesc, AllocationProp, Api, Code, Location, Opaque, api, check};
+use api::{AllocationProp, Api, Code, Opaque, api, check};
 
-use super::{Capture, Driver, Handle, Info, RawEvent, RawGraph, RawStream, Space};
+use mapped::Mapped;
+
+use super::{Capture, Driver, Exported, Handle, Info, RawEvent, RawGraph, RawStream, Space};
 use crate::base::error::{Error, Result};
+use crate::base::sync::Lock;
 
 const NOT_READY: Code = 600;
 const PEER_ALREADY_ENABLED: Code = 704;
+const PEER_UNSUPPORTED: Code = 217;
+const OUT_OF_MEMORY: Code = 2;
 
 const ATTRIBUTE_CONCURRENT_MANAGED: c_int = 89;
 const ATTRIBUTE_VIRTUAL_MEMORY: c_int = 102;
+const ATTRIBUTE_DESCRIPTORS: c_int = 103;
 
 /// How many CUDA devices there are.
 pub(crate) fn device_count() -> Result<usize> {
@@ -50,6 +61,7 @@ pub(crate) struct CudaDevice {
     /// Keeps somebody else's context alive.
     _keep: Option<Box<dyn Any + Send + Sync>>,
     info: Info,
+    mapped: Lock<Mapped>,
 }
 
 // SAFETY: the driver's objects may be used from any thread.
@@ -164,7 +176,8 @@ impl CudaDevice {
             watches_blocks: false,
         };
         // From here on the value releases what was retained.
-        let mut this = Self { api, device, context, retained, _keep: keep, info };
+        let mapped = Lock::default();
+        let mut this = Self { api, device, context, retained, _keep: keep, info, mapped };
         let mut name = [0u8; 128];
         // SAFETY: the buffer is as long as stated.
         let named = unsafe { (api.device_name)(name.as_mut_ptr().cast(), name.len() as c_int, device) };
@@ -176,10 +189,11 @@ impl CudaDevice {
         check(total, "cuDeviceTotalMem")?;
         this.info.concurrent_managed = this.attribute(ATTRIBUTE_CONCURRENT_MANAGED) == 1;
         if this.attribute(ATTRIBUTE_VIRTUAL_MEMORY) == 1 {
+            this.mapped.lock().exportable = this.attribute(ATTRIBUTE_DESCRIPTORS) == 1;
             let current = this.current()?;
             let mut granularity = 0;
             // SAFETY: both arguments outlive the call.
-            let asked = unsafe { (api.granularity)(&mut granularity, &this.prop(), 0) };
+            let asked = unsafe { (api.granularity)(&mut granularity, &this.prop(false), 0) };
             drop(current);
             this.info.vmm_granularity = (asked == 0 && granularity.is_power_of_two()).then_some(granularity);
         }
@@ -193,20 +207,15 @@ impl CudaDevice {
         value
     }
 
-    fn prop(&self) -> AllocationProp {
+    fn prop(&self, exportable: bool) -> AllocationProp {
         const PINNED: c_int = 1;
         AllocationProp {
             kind: PINNED,
-            requested_handles: 0,
-            location: self.location(),
+            requested_handles: if exportable { mapped::DESCRIPTOR } else { 0 },
+            location: mapped::location(self.device),
             win32: null_mut(),
             flags: [0; 8],
         }
-    }
-
-    fn location(&self) -> Location {
-        const DEVICE: c_int = 1;
-        Location { kind: DEVICE, id: self.device }
     }
 
     /// The raw `CUcontext`.
@@ -319,11 +328,22 @@ unsafe impl Driver for CudaDevice {
     }
 
     fn create_handle(&self, bytes: usize) -> Result<Handle> {
-        let mut handle = 0;
-        let prop = self.prop();
-        // SAFETY: invariants 1, 2 and 3.
-        self.relaxed("cuMemCreate", |api| unsafe { (api.handle_create)(&mut handle, bytes, &prop, 0) })?;
-        Ok(Handle(handle))
+        let create = |exportable| {
+            let (mut handle, prop) = (0, self.prop(exportable));
+            // SAFETY: invariants 1, 2 and 3.
+            self.relaxed("cuMemCreate", |api| unsafe { (api.handle_create)(&mut handle, bytes, &prop, 0) })?;
+            Ok(Handle(handle))
+        };
+        let exportable = self.mapped.lock().exportable;
+        match create(exportable) {
+            Err(Error::Cuda { code, .. }) if exportable && code != OUT_OF_MEMORY => {
+                // Some systems announce descriptors and refuse them; plain memory serves all but sharing.
+                let plain = create(false)?;
+                self.mapped.lock().exportable = false;
+                Ok(plain)
+            }
+            made => made,
+        }
     }
 
     unsafe fn release_handle(&self, handle: Handle) -> Result<()> {
@@ -332,22 +352,28 @@ unsafe impl Driver for CudaDevice {
     }
 
     unsafe fn map(&self, addr: usize, bytes: usize, handle: Handle) -> Result<()> {
-        let at = addr as u64;
-        // SAFETY: invariants 1 and 3.
-        self.relaxed("cuMemMap", |api| unsafe { (api.handle_map)(at, bytes, 0, handle.0, 0) })
+        self.map_and_note(addr, bytes, handle)
     }
 
     unsafe fn set_access(&self, addr: usize, bytes: usize) -> Result<()> {
-        const READ_WRITE: c_int = 3;
-        let at = addr as u64;
-        let access = AccessDesc { location: self.location(), flags: READ_WRITE };
-        // SAFETY: invariants 1, 2 and 3.
-        self.relaxed("cuMemSetAccess", |api| unsafe { (api.set_access)(at, bytes, &access, 1) })
+        self.show_to_all(addr, bytes)
     }
 
     unsafe fn unmap(&self, addr: usize, bytes: usize) -> Result<()> {
-        // SAFETY: invariants 1 and 3.
-        self.relaxed("cuMemUnmap", |api| unsafe { (api.handle_unmap)(addr as u64, bytes) })
+        self.unmap_and_forget(addr, bytes)
+    }
+
+    fn export(&self, addr: usize) -> Result<Exported> {
+        self.export_around(addr)
+    }
+
+    fn import(&self, descriptor: BorrowedFd<'_>, _bytes: usize) -> Result<Handle> {
+        let (mut handle, number) = (0, descriptor.as_raw_fd());
+        // SAFETY: invariants 1 and 2; the descriptor is open, and passed as the value of the pointer.
+        self.relaxed("cuMemImportFromShareableHandle", |api| unsafe {
+            (api.handle_import)(&mut handle, number as usize as *mut c_void, mapped::DESCRIPTOR)
+        })?;
+        Ok(Handle(handle))
     }
 
     fn stream_create(&self) -> Result<RawStream> {
@@ -416,6 +442,24 @@ unsafe impl Driver for CudaDevice {
         self.call("cuMemcpyAsync", |api| unsafe { (api.copy)(dst as u64, src as u64, bytes, stream(on)) })
     }
 
+    unsafe fn copy_peer(
+        &self,
+        (dst, to): (usize, &dyn Driver),
+        (src, from): (usize, &dyn Driver),
+        bytes: usize,
+        on: RawStream,
+    ) -> Result<()> {
+        let (dst, src) = (dst as u64, src as u64);
+        let call = "cuMemcpyPeerAsync";
+        let (Some(to), Some(from)) = (to.cuda(), from.cuda()) else {
+            return Err(Error::Cuda { code: 1, call });
+        };
+        // SAFETY: invariants 1, 3 and 4.
+        self.call(call, |api| unsafe {
+            (api.copy_peer)(dst, to.context, src, from.context, bytes, stream(on))
+        })
+    }
+
     unsafe fn fill(&self, dst: usize, byte: u8, bytes: usize, on: RawStream) -> Result<()> {
         // SAFETY: invariants 1 and 3.
         self.call("cuMemsetD8Async", |api| unsafe { (api.fill)(dst as u64, byte, bytes, stream(on)) })
@@ -479,10 +523,17 @@ unsafe impl Driver for CudaDevice {
     fn enable_peer(&self, other: &dyn Driver) -> Result<()> {
         let call = "cuCtxEnablePeerAccess";
         let Some(other) = other.cuda() else { return Err(Error::Cuda { code: 1, call }) };
+        let mut can = 0;
+        // SAFETY: invariants 1 and 2.
+        let asked = unsafe { (self.api.can_peer)(&mut can, self.device, other.device) };
+        check(asked, "cuDeviceCanAccessPeer")?;
+        if can == 0 {
+            return Err(Error::Cuda { code: PEER_UNSUPPORTED, call });
+        }
         // SAFETY: invariants 1 and 4.
         match self.call(call, |api| unsafe { (api.enable_peer)(other.context, 0) }) {
-            Err(Error::Cuda { code: PEER_ALREADY_ENABLED, .. }) => Ok(()),
-            result => result,
+            Ok(()) | Err(Error::Cuda { code: PEER_ALREADY_ENABLED, .. }) => other.let_in(self.device),
+            refused => refused,
         }
     }
 

@@ -9,7 +9,10 @@
 //!    least its length, or (host memory) shows itself.
 //! 2. A piece is unmapped from the host only when no entry of `mapped` shows it.
 
+mod shared;
+
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::ptr::NonNull;
 
 use crate::base::bits::round_up;
@@ -23,6 +26,12 @@ struct Piece {
     len: usize,
     device: usize,
     maps: usize,
+    /// The file behind it, once another process may have it.
+    file: Option<File>,
+    /// Whether it is another process's, whose device it counts for.
+    imported: bool,
+    /// Whether it is a plain allocation, which has no handle that could be exported.
+    plain: bool,
 }
 
 // SAFETY: a piece is a place; who touches it holds the world's lock.
@@ -81,9 +90,18 @@ impl Memory {
         let host = os::map(pages(bytes), os::page_size(), Access::ReadWrite)?;
         let id = self.next_piece;
         self.next_piece += 1;
-        self.pieces.insert(id, Piece { host, len: pages(bytes), device, maps: 0 });
+        let piece =
+            Piece { host, len: pages(bytes), device, maps: 0, file: None, imported: false, plain: false };
+        self.pieces.insert(id, piece);
         self.used[device] += pages(bytes);
         Ok(id)
+    }
+
+    /// Says that a piece is a plain allocation.
+    pub(super) fn make_plain(&mut self, id: u64) {
+        if let Some(piece) = self.pieces.get_mut(&id) {
+            piece.plain = true;
+        }
     }
 
     /// Gives a piece back; false where it is unknown or still mapped.
@@ -92,7 +110,9 @@ impl Memory {
             return false;
         }
         let Some(piece) = self.pieces.remove(&id) else { return false };
-        self.used[piece.device] -= piece.len;
+        if !piece.imported {
+            self.used[piece.device] -= piece.len;
+        }
         // SAFETY: invariant 2: nothing shows it any more.
         unsafe { os::unmap(piece.host, piece.len) };
         true

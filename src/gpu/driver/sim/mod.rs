@@ -19,13 +19,14 @@ mod world;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 
 pub use detector::{Hazard, HazardKind};
 use world::{Act, Op, World, code};
 
-use super::{Capture, Driver, Handle, Info, RawEvent, RawGraph, RawStream, Space};
-use crate::base::error::{Error, Result};
+use super::{Capture, Driver, Exported, Handle, Info, RawEvent, RawGraph, RawStream, Space};
+use crate::base::error::{Error, PointerFault, Result};
 use crate::base::sync::Lock;
 
 /// How the simulated device behaves.
@@ -234,6 +235,7 @@ unsafe impl Driver for SimDevice {
                 })?;
                 world.memory.map(addr, bytes, piece);
                 world.memory.set_access(addr, bytes);
+                world.memory.make_plain(piece);
                 Ok(addr)
             }),
             Space::Pinned { .. } => self.with("cuMemHostAlloc", costs::pinned(bytes), |world| {
@@ -322,6 +324,19 @@ unsafe impl Driver for SimDevice {
                 true => Ok(()),
                 false => Err(invalid("cuMemUnmap")),
             }
+        })
+    }
+
+    fn export(&self, addr: usize) -> Result<Exported> {
+        self.with("cuMemExportToShareableHandle", costs::EVENT, |world| {
+            let exported = world.memory.export(addr).ok_or(Error::pointer(addr, PointerFault::Foreign))?;
+            exported.map(|(start, bytes, descriptor)| Exported { start, bytes, descriptor })
+        })
+    }
+
+    fn import(&self, descriptor: BorrowedFd<'_>, bytes: usize) -> Result<Handle> {
+        self.with("cuMemImportFromShareableHandle", costs::CREATE, |world| {
+            world.memory.import(self.device(), descriptor, bytes).map(Handle)
         })
     }
 
