@@ -6,7 +6,8 @@
 //!           │        (L2, 17)      │      for lane L2 now, for others once batch 17 of L2 is done
 //! ```
 //! A free range is free *for a lane* (a stream, as a pool numbers them). Lane [`CLEAN`] means free for
-//! anybody, lane [`HOLE`] that there is no memory behind the addresses. Ranges of one lane merge at once, whatever their batches: the later batch covers the earlier.
+//! anybody, lane [`HOLE`] that there is no memory behind the addresses. Ranges of one lane merge at once,
+//! whatever their batches: the later batch covers the earlier.
 //! Ranges of different lanes stay apart until somebody who may use both joins them.
 //!
 //! Invariants

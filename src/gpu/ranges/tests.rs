@@ -4,7 +4,7 @@ use super::*;
 use crate::base::policy::{FreeRange, Policy, Request};
 
 const KIB: usize = 1 << 10;
-const LANE: u16 = 2;
+const LANE: u16 = super::FIRST;
 
 /// Holes of these sizes in KiB, lowest first, free for anybody, with live blocks between them.
 fn holes(strategy: Strategy, sizes: &[usize]) -> (Ranges, Vec<u32>) {
