@@ -86,6 +86,7 @@ impl Inner {
         device.0.join(Arc::downgrade(&member));
         if inner.config.initial_size != 0 {
             inner.reserve(inner.config.initial_size)?;
+            inner.reserve_for_small();
         }
         Ok(inner)
     }
@@ -259,6 +260,9 @@ impl Inner {
     /// Brings memory to where a request lacks the least of it. The caller holds `growth`.
     fn grow_by_pieces(&self, ask: Ask) -> Result<Placed> {
         let driver = &*self.device.0.driver;
+        if let Some(placed) = self.grow_ahead(ask)? {
+            return Ok(placed);
+        }
         let plan = {
             let mut core = self.core.lock();
             self.open()?;
@@ -285,6 +289,28 @@ impl Inner {
         let done = unsafe { self.source.fill(driver, &plan) };
         let mut core = self.core.lock();
         core.finish(&plan, done, ask).map_err(|error| self.out_of_memory(&core, ask.bytes, error))
+    }
+
+    /// Takes more than the request where the growth factor asks for it, so that later ones need no driver. The
+    /// caller holds `growth`.
+    fn grow_ahead(&self, ask: Ask) -> Result<Option<Placed>> {
+        let Some(Reserved { unit, .. }) = self.source.reserved else { return Ok(None) };
+        let (zone, share) = {
+            let core = self.core.lock();
+            let room = self.limit().saturating_sub(core.reserved);
+            let share = (core.reserved as f64 * (self.config.growth_factor - 1.0)) as usize;
+            (core.zone_of(ask.bytes), share.min(room) & !(unit - 1))
+        };
+        if share <= ask.bytes {
+            return Ok(None);
+        }
+        // Another thread may have grown the pool, or freed something, meanwhile.
+        if let Some(placed) = self.place_again(ask)? {
+            return Ok(Some(placed));
+        }
+        // What cannot be had in one piece of that size is had for this request alone.
+        let _ = self.reserve_pieces(zone, Ask { bytes: share, align: ask.align, lane: CLEAN });
+        self.place_again(ask)
     }
 
     /// Learns what is complete. What was just recorded on an idle stream takes the device some microseconds, and a
@@ -419,19 +445,15 @@ impl Inner {
         let _ticket = self.growth.lock();
         let driver = &*self.device.0.driver;
         if self.source.reserved.is_some() {
-            let plan = {
+            {
                 let mut core = self.core.lock();
                 self.open()?;
                 core.settle(driver);
                 if core.has_clean(ask.bytes) {
                     return Ok(());
                 }
-                core.plan(LARGE, ask, self.limit())?
-            };
-            // SAFETY: as in `grow_by_pieces`.
-            let done = unsafe { self.source.fill(driver, &plan) };
-            let mut core = self.core.lock();
-            return core.finish_reserve(&plan, done).map_err(|error| self.out_of_memory(&core, bytes, error));
+            }
+            return self.reserve_pieces(LARGE, ask);
         }
         let (need, want) = {
             let mut core = self.core.lock();
@@ -452,6 +474,25 @@ impl Inner {
             return Err(Error::oom(bytes, OomReason::Source));
         }
         Ok(())
+    }
+
+    /// Small requests have memory of their own where memory comes in pieces: one piece, if the limit allows it.
+    fn reserve_for_small(&self) {
+        let Some(Reserved { unit, .. }) = self.source.reserved else { return };
+        let _ticket = self.growth.lock();
+        let zone = self.core.lock().zone_of(1);
+        if zone != LARGE {
+            let _ = self.reserve_pieces(zone, Ask { bytes: unit, align: 1, lane: CLEAN });
+        }
+    }
+
+    /// Maps memory that is free for everybody. The caller holds `growth`.
+    fn reserve_pieces(&self, zone: usize, ask: Ask) -> Result<()> {
+        let plan = self.core.lock().plan(zone, ask, self.limit())?;
+        // SAFETY: a plan of this pool's books; a piece is taken only from what is known to be complete.
+        let done = unsafe { self.source.fill(&*self.device.0.driver, &plan) };
+        let mut core = self.core.lock();
+        core.finish_reserve(&plan, done).map_err(|error| self.out_of_memory(&core, ask.bytes, error))
     }
 
     /// Gives idle segments back until at most `keep` free bytes are left; returns the bytes given back.
