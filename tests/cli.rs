@@ -1,11 +1,13 @@
 //! The `memory-pool` program, run as a person runs it.
 #![cfg(feature = "cli")]
 
+mod children;
+
 use std::process::{Command, Output};
 
 fn run(words: &[&str]) -> (i32, String, String) {
     let Output { status, stdout, stderr } =
-        Command::new(env!("CARGO_BIN_EXE_memory-pool")).args(words).output().unwrap();
+        children::output_of(Command::new(env!("CARGO_BIN_EXE_memory-pool")).args(words)).unwrap();
     (status.code().unwrap(), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
 }
 

@@ -2,6 +2,8 @@
 //! make no finding. `MEMORY_POOL_TEST_OPS` sets the number of random operations (a hundred million in the
 //! long form).
 
+mod children;
+
 use std::alloc::Layout;
 use std::ptr::NonNull;
 
@@ -243,12 +245,9 @@ fn an_access_past_a_guarded_block_stops_the_program() {
     }
     for (what, killed) in [("behind", true), ("freed", true), ("nothing", false)] {
         let exe = std::env::current_exe().unwrap();
-        let status = std::process::Command::new(exe)
-            .args(["--exact", "an_access_past_a_guarded_block_stops_the_program"])
-            .env(CHILD, what)
-            .stdout(std::process::Stdio::null())
-            .status()
-            .unwrap();
+        let mut command = std::process::Command::new(exe);
+        command.args(["--exact", "an_access_past_a_guarded_block_stops_the_program"]).env(CHILD, what);
+        let status = children::output_of(&mut command).unwrap().status;
         assert_eq!(status.success(), !killed, "{what}: {status}");
     }
 }

@@ -1,5 +1,7 @@
 //! Each setting of the process heap, in programs of its own: this test starts itself again with an environment.
 
+mod children;
+
 use std::hint::black_box;
 use std::process::{Command, Output};
 
@@ -29,7 +31,7 @@ static EARLY: extern "C" fn() = early;
 fn run(case: &str, variables: &[(&str, &str)]) -> Output {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "a_case_in_its_own_process", "--nocapture"]).env("HEAP_CONFIG_CASE", case);
-    let output = command.envs(variables.iter().copied()).output().unwrap();
+    let output = children::output_of(command.envs(variables.iter().copied())).unwrap();
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{case} {variables:?}: {:?}\n{stdout}\n{stderr}", output.status);
     output
@@ -43,8 +45,6 @@ fn stderr(output: &Output) -> String {
 #[test]
 fn a_case_in_its_own_process() {
     let Ok(case) = std::env::var("HEAP_CONFIG_CASE") else { return };
-    // SAFETY: no preconditions; what hangs ends.
-    unsafe { libc::alarm(60) };
     let config = GlobalPool::config();
     match case.as_str() {
         "defaults" => assert_eq!(config, HeapConfig::new().limit(LIMIT)),
@@ -219,15 +219,14 @@ fn a_setuid_program_ignores_the_environment() {
     std::fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
     chown(&copy, Some(65534), Some(65534)).unwrap();
     std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o4755)).unwrap();
-    let output = Command::new(&copy)
-        .args(["--exact", "a_case_in_its_own_process", "--nocapture"])
-        .envs([
-            ("HEAP_CONFIG_CASE", "defaults"),
-            ("MEMORY_POOL_LIMIT", "1G"),
-            ("MEMORY_POOL_PURGE", "nonsense"),
-        ])
-        .output();
-    let output = output.inspect_err(|_| drop(std::fs::remove_file(&copy))).unwrap();
+    let mut command = Command::new(&copy);
+    command.args(["--exact", "a_case_in_its_own_process", "--nocapture"]).envs([
+        ("HEAP_CONFIG_CASE", "defaults"),
+        ("MEMORY_POOL_LIMIT", "1G"),
+        ("MEMORY_POOL_PURGE", "nonsense"),
+    ]);
+    let output =
+        children::output_of(&mut command).inspect_err(|_| drop(std::fs::remove_file(&copy))).unwrap();
     std::fs::remove_file(&copy).unwrap();
     assert!(output.status.success() && stderr(&output).is_empty(), "{}", stderr(&output));
 }

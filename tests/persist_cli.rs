@@ -1,12 +1,14 @@
 //! The program's commands on pool files: `cargo test --features cli --test persist_cli`.
 #![cfg(feature = "cli")]
 
+mod children;
+
 use std::process::{Command, Output};
 
 use memory_pool::persist::{Durability, PersistentConfig, PersistentPool};
 
 fn run(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_memory-pool")).args(arguments).output().unwrap()
+    children::output_of(Command::new(env!("CARGO_BIN_EXE_memory-pool")).args(arguments)).unwrap()
 }
 
 fn text(output: &Output) -> String {

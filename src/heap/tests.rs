@@ -1,5 +1,8 @@
 //! Tests on hubs of their own, with the invariants walked as they go.
 
+#[path = "../../tests/children/mod.rs"]
+mod children;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
@@ -429,11 +432,9 @@ fn pages_may_be_larger() {
         return;
     }
     for kib in [16usize, 64] {
-        let run = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["heap::tests", "--test-threads", "1"])
-            .env(PLAYED_PAGE, (kib << 10).to_string())
-            .output()
-            .unwrap();
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["heap::tests", "--test-threads", "1"]).env(PLAYED_PAGE, (kib << 10).to_string());
+        let run = children::output_of(&mut command).unwrap();
         let text = String::from_utf8_lossy(&run.stdout);
         assert!(run.status.success(), "{kib} KiB: {text}");
         assert!(!text.contains("running 0 tests"), "{text}");
