@@ -177,11 +177,12 @@ fn trim_gives_back_what_is_idle() {
 fn statistics_know_what_is_live() {
     let blocks: Vec<Box<[u64; 60]>> = (0..3000).map(|n| Box::new([n; 60])).collect();
     let stats = GlobalPool::stats();
-    let class = stats.classes.iter().find(|class| class.size >= 480).unwrap();
+    // A hardened heap takes the next larger class.
+    let class = stats.classes.iter().find(|class| class.size >= 480 && class.live >= 3000).unwrap();
     assert!(class.live >= 3000, "{class:?}");
     assert!(stats.committed >= 3000 * 480 && stats.reserved >= stats.committed && stats.os_calls > 0);
     let report = GlobalPool::report();
-    assert!(report.contains("remote frees") && report.contains("\n         480"), "{report}");
+    assert!(report.contains("remote frees") && report.contains(&format!("\n{:>12}", class.size)), "{report}");
     assert_eq!(blocks[2999][59], 2999);
 }
 

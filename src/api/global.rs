@@ -98,7 +98,7 @@ impl GlobalPool {
         // A block of no bytes is aligned as well.
         let size = if align > heap::MIN_ALIGN { size.max(1) } else { size };
         match heap::of_layout(size, align) {
-            Some(class) => process::alloc(class, Asker::Program(&self.config)),
+            Some(class) => process::alloc(class, align, Asker::Program(&self.config)),
             None => process::alloc_big(size, align, Asker::Program(&self.config)).0,
         }
     }
@@ -248,7 +248,7 @@ unsafe fn realloc_slow(pool: &GlobalPool, ptr: *mut u8, layout: Layout, new_size
 #[inline(always)]
 fn obtain(layout: Layout, asker: Asker<'_>) -> *mut u8 {
     match heap::of_small(layout.size(), layout.align()) {
-        Some(class) => process::alloc(class, asker),
+        Some(class) => process::alloc(class, layout.align(), asker),
         None => obtain_other(layout, asker),
     }
 }
@@ -257,7 +257,7 @@ fn obtain(layout: Layout, asker: Asker<'_>) -> *mut u8 {
 #[inline(never)]
 fn obtain_other(layout: Layout, asker: Asker<'_>) -> *mut u8 {
     match heap::of_layout(layout.size(), layout.align()) {
-        Some(class) => process::alloc(class, asker),
+        Some(class) => process::alloc(class, layout.align(), asker),
         None => process::alloc_big(layout.size(), layout.align(), asker).0,
     }
 }
@@ -265,7 +265,7 @@ fn obtain_other(layout: Layout, asker: Asker<'_>) -> *mut u8 {
 #[inline(always)]
 fn obtain_zeroed(layout: Layout, asker: Asker<'_>) -> *mut u8 {
     let (block, zeroed) = match heap::of_layout(layout.size(), layout.align()) {
-        Some(class) => (process::alloc(class, asker), false),
+        Some(class) => (process::alloc(class, layout.align(), asker), false),
         None => process::alloc_big(layout.size(), layout.align(), asker),
     };
     if !block.is_null() && !zeroed {

@@ -87,7 +87,7 @@ impl Hardening {
 /// | `MEMORY_POOL_HUGE_PAGES` | `never`, `when_large`, `always` | `huge_pages` |
 /// | `MEMORY_POOL_HARDENED` | `1`, or a list of `checks`, `guard_pages`, `random_order`, `quarantine`; adds to what the program asks for | `hardened` |
 /// | `MEMORY_POOL_ZERO_ON_FREE` | `1`; `0` does not take back what the program asks for | `zero_on_free` |
-/// | `MEMORY_POOL_HEAP_DEBUG` | `1`, `0` | `debug` |
+/// | `MEMORY_POOL_HEAP_DEBUG` | `1`; `0` does not take back what the program asks for | `debug` |
 /// | `MEMORY_POOL_REPORT` | `1`, `0` | `report_at_exit` |
 ///
 /// A value that is none of these is named in a line on stderr, and what the program asked for stands.

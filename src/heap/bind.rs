@@ -20,7 +20,7 @@ use super::hub::{self, Hub};
 use super::large;
 use super::registry;
 use super::segment::{SINGLE, segment_of};
-use super::settings;
+use super::settings::{self, Part};
 use super::slot;
 use super::slow::post_one;
 use super::stderr::Stderr;
@@ -54,16 +54,16 @@ pub(crate) mod process {
 
     /// A block for a layout whose class is known.
     #[inline(always)]
-    pub(crate) fn alloc(class: usize, asker: Asker<'_>) -> *mut u8 {
+    pub(crate) fn alloc(class: usize, align: usize, asker: Asker<'_>) -> *mut u8 {
         // SAFETY: the front is this thread's, and classes are in range.
         let block = unsafe { front().pop(class) };
-        if block.is_null() { alloc_slow(class, asker) } else { block }
+        if block.is_null() { alloc_slow(class, align, asker) } else { block }
     }
 
     #[cold]
     #[inline(never)]
-    fn alloc_slow(class: usize, asker: Asker<'_>) -> *mut u8 {
-        with_heap_for(asker, |heap| heap.alloc(class)).unwrap_or(ptr::null_mut())
+    fn alloc_slow(class: usize, align: usize, asker: Asker<'_>) -> *mut u8 {
+        with_heap_for(asker, |heap| heap.alloc_aligned(class, align)).unwrap_or(ptr::null_mut())
     }
 
     /// A block for a layout without a class. The flag says whether it is zero.
@@ -80,26 +80,39 @@ pub(crate) mod process {
     #[inline(always)]
     pub(crate) unsafe fn free(class: usize, block: *mut u8) {
         let front = front();
-        // SAFETY: a live block has a segment.
-        let owner = unsafe { (*segment_of_small(block)).head.owner.load(Ordering::Relaxed) };
-        if ptr::eq(owner.cast(), front) {
-            // SAFETY: as above, and the block is this thread's.
-            if !unsafe { front.push(class, block) } {
-                // SAFETY: the front of a thread that owns a segment is its heap.
-                unsafe { &*owner }.flush(class, block);
+        // SAFETY: in range. A hardened heap has no room, so that nothing is read at what may be no block.
+        if let Some(top) = unsafe { front.room(class) } {
+            // SAFETY: a live block has a segment.
+            let owner = unsafe { (*segment_of_small(block)).head.owner.load(Ordering::Relaxed) };
+            if ptr::eq(owner.cast(), front) {
+                // SAFETY: as above, and the block is this thread's.
+                unsafe { front.push_at(class, top, block) };
+                return;
             }
-        } else {
-            free_other(class, block);
         }
+        free_slow(class, block);
     }
 
     #[inline(never)]
-    fn free_other(class: usize, block: *mut u8) {
+    fn free_slow(class: usize, block: *mut u8) {
         match bound() {
+            Some(heap) if heap.guard().is_some() => heap.guarded_free(block),
             // SAFETY: the caller's contract.
+            Some(heap) if heap.is(unsafe { (*segment_of(block)).head.owner.load(Ordering::Relaxed) }) => {
+                heap.flush(class, block);
+            }
             Some(heap) => heap.free_remote(class, block),
+            None => free_late(block),
+        }
+    }
+
+    /// Frees a block smaller than a large one, on a thread that has no heap any more.
+    fn free_late(block: *mut u8) {
+        if HUB.settings.has(Part::Checks) {
+            HUB.with_late(|heap| heap.guarded_free(block));
+        } else {
             // SAFETY: the block is live, so its segment is there.
-            None => post_one(unsafe { &*segment_of(block) }, block),
+            post_one(unsafe { &*segment_of(block) }, block);
         }
     }
 
@@ -110,6 +123,12 @@ pub(crate) mod process {
     #[cold]
     #[inline(never)]
     pub(crate) unsafe fn free_big(block: *mut u8) {
+        if HUB.settings.has(Part::Checks) {
+            return match bound() {
+                Some(heap) => heap.guarded_free(block),
+                None => free_late(block),
+            };
+        }
         // SAFETY: a live block has books before it.
         let segment = unsafe { &*segment_of(block) };
         match (large::Large::at(segment), bound()) {
@@ -157,10 +176,9 @@ pub(crate) mod process {
             return unsafe { heap.free_unsized(block) };
         }
         // SAFETY: a live block has books before it.
-        let segment = unsafe { &*segment_of(block) };
-        match large::Large::at(segment) {
-            Some(large) => large::free(large),
-            None => post_one(segment, block),
+        match large::Large::at(unsafe { &*segment_of(block) }) {
+            Some(large) if !HUB.settings.has(Part::Checks) => large::free(large),
+            _ => free_late(block),
         }
     }
 
@@ -173,6 +191,9 @@ pub(crate) mod process {
         unsafe {
             if !begins_block(&HUB, block) {
                 fault::invalid_free(block);
+            }
+            if HUB.settings.has(Part::Checks) {
+                with_heap(|heap| heap.guarded_expect(block));
             }
             heap::usable_size(block)
         }

@@ -19,6 +19,24 @@ pub(crate) fn double_free(block: *mut u8) -> ! {
     die("double free", block)
 }
 
+/// A block was written to while it was free, or the one before it past its end.
+#[cold]
+pub(crate) fn written_after_free(block: *mut u8) -> ! {
+    die("free block was written to,", block)
+}
+
+/// A block was written to past its end, or the one behind it before its start.
+#[cold]
+pub(crate) fn overflow(block: *mut u8) -> ! {
+    die("block was written to past its end,", block)
+}
+
+/// A block was freed that is free already, or was zeroed past its end.
+#[cold]
+pub(crate) fn not_live(block: *mut u8) -> ! {
+    die("double free, or a block zeroed past its end,", block)
+}
+
 /// An address was freed that was never allocated.
 #[cold]
 pub(crate) fn invalid_free(block: *mut u8) -> ! {

@@ -1,19 +1,20 @@
 //! What the threads of one heap share: segments that nobody owns, heaps of threads that ended, the limit.
 //!
 //! Everything in `Shared` is under one lock, which is held for list operations only; the operating system is
-//! called without it, except to give memory back. Lock order: `late`, then `shared`, then `larges`.
+//! called without it, except to give memory back. Lock order: `late`, then `shared`, then `larges`, then `buried`.
 
 use core::cell::Cell;
 use core::mem;
 use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-use super::large::Larges;
+use super::guard::Guard;
+use super::large::{Buried, Larges};
 use super::list::List;
 use super::lock::SpinLock;
 use super::registry;
 use super::segment::{HEADER, SEGMENT, SLICE, Segment, Segments};
-use super::settings::Settings;
+use super::settings::{Part, Settings};
 use super::thread::ThreadHeap;
 use crate::base::heap_config::HeapConfig;
 use crate::source::os;
@@ -33,10 +34,13 @@ pub(crate) struct Hub {
     /// The heap of threads that have none any more: they allocate under this lock.
     pub(super) late: SpinLock<LateHeap>,
     pub(super) larges: SpinLock<Larges>,
+    pub(super) buried: SpinLock<Buried>,
     pub(crate) counters: Counters,
     /// Rises when somebody asks all threads to give idle memory back.
     trims: AtomicU32,
     pub(super) settings: Settings,
+    /// Spans with a guard page.
+    pub(super) guards: AtomicUsize,
     next_hub: AtomicPtr<Hub>,
     /// Calls to the operating system that are let through before one fails; `u64::MAX` for all.
     #[cfg(test)]
@@ -113,6 +117,7 @@ impl Hub {
             }),
             late: SpinLock::new(LateHeap(Cell::new(ptr::null()))),
             larges: SpinLock::new(Larges::new()),
+            buried: SpinLock::new(Buried::new()),
             counters: Counters {
                 reserved: AtomicUsize::new(0),
                 os_calls: AtomicU64::new(0),
@@ -122,6 +127,7 @@ impl Hub {
             },
             trims: AtomicU32::new(0),
             settings: Settings::new(),
+            guards: AtomicUsize::new(0),
             next_hub: AtomicPtr::new(ptr::null_mut()),
             #[cfg(test)]
             fail_after: AtomicU64::new(u64::MAX),
@@ -337,7 +343,7 @@ impl Hub {
         let (base, kind) = (segment.base(), usize::from(segment.huge.get()));
         // SAFETY: nobody has a block of the segment. A freer that is late with its announcement (invariant 7)
         // writes into zeroes, and the next owner finds a mark that leads to nothing.
-        if !unsafe { self.discard(base, SEGMENT) } {
+        if !super::guard::open_segment(segment) || !unsafe { self.discard(base, SEGMENT) } {
             return false;
         }
         let mut shared = self.shared.lock();
@@ -431,6 +437,11 @@ impl Hub {
         let base = self.map(Self::heap_bytes(), os::page_size())?;
         // SAFETY: fresh zeroed memory of that size, for nobody else.
         let heap = unsafe { ThreadHeap::create(base, self) };
+        if self.settings.has(Part::Checks) && !heap.harden() {
+            // SAFETY: nobody has seen the heap.
+            unsafe { self.unmap(base, Self::heap_bytes()) };
+            return None;
+        }
         let mut shared = self.shared.lock();
         shared.heaps += 1;
         heap.next_heap.set(shared.all_heaps);
@@ -492,6 +503,11 @@ impl Hub {
     pub(crate) unsafe fn demolish(&mut self) {
         self.delist();
         super::large::release_all(self);
+        let places = self.buried.lock().places();
+        for (base, len) in places.into_iter().filter(|(_, len)| *len > 0) {
+            // SAFETY: a mapping of this hub, which nobody uses any more.
+            unsafe { self.unmap(base as *mut u8, len) };
+        }
         let shared = self.shared.lock();
         let (mut segment, mut heap, fresh) = (shared.all_segments, shared.all_heaps, shared.fresh);
         drop(shared);
@@ -506,6 +522,9 @@ impl Hub {
             }
             while let Some(at) = heap.as_ref() {
                 heap = at.next_heap.get();
+                if let Some(guard) = at.guard() {
+                    self.unmap(ptr::from_ref(guard).cast_mut().cast(), Guard::bytes());
+                }
                 self.unmap(ptr::from_ref(at).cast_mut().cast(), Self::heap_bytes());
             }
             for (next, end) in fresh {
@@ -540,6 +559,7 @@ pub(super) extern "C" fn before_fork() {
         hub.late.lock_raw();
         hub.shared.lock_raw();
         hub.larges.lock_raw();
+        hub.buried.lock_raw();
     });
     registry::GROWTH.lock_raw();
 }
@@ -550,6 +570,7 @@ pub(super) extern "C" fn after_fork() {
     unsafe {
         registry::GROWTH.unlock_raw();
         each_hub(hubs_held(), |hub| {
+            hub.buried.unlock_raw();
             hub.larges.unlock_raw();
             hub.shared.unlock_raw();
             hub.late.unlock_raw();

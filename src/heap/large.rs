@@ -71,7 +71,8 @@ impl Large {
     }
 
     pub(crate) fn usable(&self) -> usize {
-        self.base.get() + self.len.get() - self.block.get()
+        let settings = &self.hub().settings;
+        self.base.get() + self.len.get() - self.block.get() - settings.guard_page() - settings.seal()
     }
 
     fn hub(&self) -> &Hub {
@@ -107,8 +108,10 @@ impl Large {
 pub(crate) fn alloc(hub: &Hub, size: usize, align: usize) -> *mut u8 {
     let page = os::page_size();
     // Behind the books, at a multiple of the alignment; see `segment_of` for alignments past a segment.
-    let offset = align.max(page);
-    let Some(len) = size.checked_add(offset).and_then(|sum| sum.checked_next_multiple_of(page)) else {
+    let guard = hub.settings.guard_page();
+    let offset = align.max(page + guard);
+    let Some(len) = size.checked_add(offset + guard).and_then(|sum| sum.checked_next_multiple_of(page))
+    else {
         return ptr::null_mut();
     };
     if len > isize::MAX as usize || !hub.charge(len) {
@@ -135,6 +138,12 @@ pub(crate) fn alloc(hub: &Hub, size: usize, align: usize) -> *mut u8 {
     large.len.set(len);
     large.block.set(block as usize);
     large.advise();
+    if guard > 0 {
+        for page in [block.wrapping_sub(guard), base.wrapping_add(len - guard)] {
+            // SAFETY: pages of the mapping that are neither the books' nor the block's.
+            NonNull::new(page).map(|page| unsafe { os::protect(page, guard) });
+        }
+    }
     large.enlist();
     block
 }
@@ -144,6 +153,49 @@ pub(crate) fn alloc(hub: &Hub, size: usize, align: usize) -> *mut u8 {
 pub(crate) fn free(large: &Large) {
     large.delist();
     release(large);
+}
+
+/// Frees a large block whose place is not to be used again soon: it stays, inaccessible and empty, until others came
+/// after it.
+pub(super) fn bury(large: &Large) {
+    large.delist();
+    let hub = large.hub();
+    let (base, len) = (large.base.get(), large.len.get());
+    let from = ptr::from_ref(large) as usize;
+    registry::remove(from, base + len - from);
+    hub.refund(len);
+    if let Some(start) = NonNull::new(base as *mut u8) {
+        // SAFETY: the mapping is the block's own, and the block is free.
+        unsafe { os::decommit(start, len) };
+    }
+    let (oldest, len) = hub.buried.lock().replace(base, len);
+    if len > 0 {
+        // SAFETY: a mapping that was buried, and that nobody knows any more.
+        unsafe { hub.unmap(oldest as *mut u8, len) };
+    }
+}
+
+/// The places (base, length) of the large blocks freed last.
+pub(super) struct Buried {
+    places: [(usize, usize); 8],
+    next: usize,
+}
+
+impl Buried {
+    pub(super) const fn new() -> Self {
+        Self { places: [(0, 0); 8], next: 0 }
+    }
+
+    /// Puts a place in; returns the one that leaves.
+    fn replace(&mut self, base: usize, len: usize) -> (usize, usize) {
+        let at = self.next;
+        self.next = (at + 1) % self.places.len();
+        core::mem::replace(&mut self.places[at], (base, len))
+    }
+
+    pub(super) fn places(&self) -> [(usize, usize); 8] {
+        self.places
+    }
 }
 
 fn release(large: &Large) {

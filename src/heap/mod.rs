@@ -25,6 +25,7 @@ mod bind;
 mod check;
 mod class;
 mod fault;
+mod guard;
 mod hub;
 mod large;
 mod list;
@@ -34,6 +35,7 @@ mod loom_models;
 mod purge;
 mod registry;
 mod remote;
+mod seal;
 mod segment;
 pub(crate) mod settings;
 mod slot;
@@ -57,6 +59,7 @@ use core::sync::atomic::Ordering;
 use crate::base::host::Resized;
 use large::Large;
 use segment::{NO_CLASS, SEGMENT, SINGLE, SLICE, Segment, segment_of};
+use settings::Part;
 
 /// Largest block that shares a segment with others.
 const SINGLE_MAX: usize = 1 << 20;
@@ -94,9 +97,24 @@ impl ThreadHeap {
         }
     }
 
+    /// A block of `class` for a request aligned to `align`.
+    pub(crate) fn alloc_aligned(&self, class: usize, align: usize) -> *mut u8 {
+        match self.guard() {
+            Some(guard) => self.guarded_alloc(guard, class, align),
+            None => self.alloc(class),
+        }
+    }
+
     /// A block larger than any class, or aligned more than blocks are. The flag says whether it is zero.
     #[cold]
     pub(crate) fn alloc_big(&self, size: usize, align: usize) -> (*mut u8, bool) {
+        match self.guard() {
+            Some(_) => self.guarded_alloc_big(size, align),
+            None => self.alloc_unguarded_big(size, align),
+        }
+    }
+
+    fn alloc_unguarded_big(&self, size: usize, align: usize) -> (*mut u8, bool) {
         if size <= SINGLE_MAX && size > class::MAX && align <= SLICE {
             return self.alloc_single(size);
         }
@@ -159,6 +177,9 @@ impl ThreadHeap {
     #[cold]
     #[inline(never)]
     fn free_unsized_slow(&self, segment: &Segment, block: *mut u8) {
+        if self.guard().is_some() {
+            return self.guarded_free(block);
+        }
         if let Some(large) = Large::at(segment) {
             if !large.begins_at(block) {
                 fault::invalid_free(block);
@@ -182,7 +203,7 @@ pub(crate) unsafe fn usable_size(block: *mut u8) -> usize {
     let segment = unsafe { &*segment_of(block) };
     match Large::at(segment) {
         Some(large) => large.usable(),
-        None => segment.span_at(block).size.get() as usize,
+        None => segment.usable_at(block),
     }
 }
 
@@ -194,7 +215,7 @@ pub(crate) fn block_size_at(hub: &Hub, address: *mut u8) -> Option<usize> {
         Unit::Segment(owner) if ptr::eq(owner, hub) => {
             // SAFETY: segments stay mapped as long as their hub, which `hub` is.
             let segment = unsafe { &*segment_of(address) };
-            segment.begins_block(address).then(|| segment.span_at(address).size.get() as usize)
+            segment.begins_block(address).then(|| segment.usable_at(address))
         }
         Unit::LargeBooks(owner) if ptr::eq(owner, hub) => {
             let mut found = None;
@@ -249,13 +270,18 @@ pub(crate) unsafe fn resize_big(block: *mut u8, size: usize, may_move: bool) -> 
     // SAFETY: a live block has books before it.
     let segment = unsafe { &*segment_of(block) };
     match Large::at(segment) {
+        // Pages with guards beside them stay where they are, and take no more.
+        Some(large) if segment.hub().settings.has(Part::Checks) => {
+            let usable = large.usable();
+            (size > class::MAX && size <= usable && size >= usable / 2).then_some((block, usable))
+        }
         Some(large) if size > SINGLE_MAX => {
             let known = large.usable();
             large::resize(large, size, may_move).map(|moved| (moved, known))
         }
         Some(_) => None,
         None => {
-            let usable = segment.span_at(block).size.get() as usize;
+            let usable = segment.usable_at(block);
             (size > class::MAX && size <= usable && size >= usable / 2).then_some((block, usable))
         }
     }

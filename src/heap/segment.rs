@@ -32,6 +32,7 @@ use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
 use super::hub::Hub;
 use super::list::{Chain, Links};
+use super::settings::Part;
 use super::thread::ThreadHeap;
 
 pub(crate) const SEGMENT: usize = 4 << 20;
@@ -139,6 +140,8 @@ pub(crate) struct Segment {
     list: Links<Segment>,
     roomy_list: Links<Segment>,
     queue: Links<Segment>,
+    /// Slices whose last page is a guard page.
+    pub(crate) guarded: Cell<u64>,
     /// Whether it is on its owner's list of segments with vacant slices.
     pub(crate) roomy: Cell<bool>,
     /// Whether it is on its owner's list of segments with idle slices.
@@ -212,6 +215,9 @@ impl Segment {
         segment.class_of.iter().for_each(|class| class.set(NO_CLASS));
         segment.vacant.set(u64::MAX);
         segment.pristine.set(u64::MAX);
+        if hub.settings.has(Part::GuardPages) {
+            super::guard::guard_segment(segment);
+        }
         segment
     }
 
@@ -236,6 +242,16 @@ impl Segment {
         address as usize - self.base() as usize >= HEADER
             && self.class_at(address) != NO_CLASS
             && self.span_at(address).begins_block(address)
+    }
+
+    pub(super) fn hub(&self) -> &Hub {
+        // SAFETY: a hub outlives its segments.
+        unsafe { &*self.head.hub.get() }
+    }
+
+    /// Usable bytes of the block at `block`.
+    pub(crate) fn usable_at(&self, block: *mut u8) -> usize {
+        self.span_at(block).size.get() as usize - self.hub().settings.seal()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -282,7 +298,16 @@ impl Segment {
     }
 
     /// Makes a span of vacant slices.
-    pub(crate) fn make_span(&self, first: usize, count: usize, class: u8, size: usize) -> &Span {
+    ///
+    /// The last `spare` bytes get no block.
+    pub(crate) fn make_span(
+        &self,
+        first: usize,
+        count: usize,
+        class: u8,
+        size: usize,
+        spare: usize,
+    ) -> &Span {
         let slices = run(first, count);
         debug_assert_eq!(self.vacant.get() & slices, slices);
         let zeroed = self.pristine.get() & slices == slices;
@@ -294,12 +319,14 @@ impl Segment {
         }
         let span = &self.spans[first];
         let start = self.base() as usize + if first == 0 { HEADER } else { first * SLICE };
-        let end = self.base() as usize + (first + count) * SLICE;
+        let end = self.base() as usize + (first + count) * SLICE - spare;
         let mut base = start;
         let mut capacity = (end - start) / size;
         if capacity > 64 * INLINE_WORDS {
             let words = capacity.div_ceil(64);
-            let maps = (2 * words * 8).next_multiple_of(128);
+            // A block that is written to before its start does not reach the maps.
+            let gap = if spare > 0 { 128 } else { 0 };
+            let maps = (2 * words * 8).next_multiple_of(128) + gap;
             base = start + maps;
             capacity = (end - base) / size;
             let free = start as *mut Cell<u64>;

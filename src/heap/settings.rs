@@ -9,9 +9,23 @@ use core::fmt::Write;
 use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use super::hub::Hub;
+use super::seal::{self, SEAL};
 use super::stderr::Stderr;
 use crate::base::env::parse_bytes;
 use crate::base::heap_config::{Hardening, HeapConfig, HugeUse, Purge};
+use crate::source::os;
+
+/// What a hub may do beside, each a bit.
+#[derive(Clone, Copy)]
+pub(super) enum Part {
+    /// Allocations and frees take the checked path.
+    Checks = 1,
+    GuardPages = 2,
+    RandomOrder = 4,
+    Quarantine = 8,
+    ZeroOnFree = 16,
+    Debug = 32,
+}
 
 /// How a hub behaves, as its slow paths read it. Written before the hub is used.
 pub(crate) struct Settings {
@@ -21,6 +35,7 @@ pub(crate) struct Settings {
     warm: AtomicUsize,
     segments_before_huge: AtomicUsize,
     huge_large: AtomicUsize,
+    parts: AtomicU32,
 }
 
 impl Settings {
@@ -44,6 +59,7 @@ impl Settings {
             warm: AtomicUsize::new(Self::WARM),
             segments_before_huge: AtomicUsize::new(Self::SEGMENTS_BEFORE_HUGE),
             huge_large: AtomicUsize::new(Self::HUGE_LARGE),
+            parts: AtomicU32::new(0),
         }
     }
 
@@ -64,6 +80,34 @@ impl Settings {
         self.warm.store(warm, Ordering::Relaxed);
         self.segments_before_huge.store(segments, Ordering::Relaxed);
         self.huge_large.store(large, Ordering::Relaxed);
+        let hardened = config.hardened;
+        let parts = [
+            (config.is_checked(), Part::Checks),
+            (hardened.guard_pages, Part::GuardPages),
+            (hardened.random_order, Part::RandomOrder),
+            (hardened.quarantine, Part::Quarantine),
+            (config.zero_on_free, Part::ZeroOnFree),
+            (config.debug, Part::Debug),
+        ];
+        let bits = parts.iter().filter(|(on, _)| *on).map(|(_, part)| *part as u32).sum();
+        self.parts.store(bits, Ordering::Relaxed);
+        if config.is_checked() {
+            seal::draw();
+        }
+    }
+
+    pub(super) fn has(&self, part: Part) -> bool {
+        self.parts.load(Ordering::Relaxed) & part as u32 != 0
+    }
+
+    /// Bytes at the end of a block that are not the program's.
+    pub(super) fn seal(&self) -> usize {
+        if self.has(Part::Checks) { SEAL } else { 0 }
+    }
+
+    /// Bytes of a guard page, where there are any.
+    pub(super) fn guard_page(&self) -> usize {
+        if self.has(Part::GuardPages) { os::page_size() } else { 0 }
     }
 
     /// Idle memory that a thread with `live` bytes keeps.
@@ -232,7 +276,7 @@ fn overridden(mut config: HeapConfig, variable: Lookup<'_>, complain: Complain<'
         Some(())
     });
     read(c"MEMORY_POOL_HEAP_DEBUG", SWITCH, &mut |text| {
-        config.debug = switch(text)?;
+        config.debug |= switch(text)?;
         Some(())
     });
     read(c"MEMORY_POOL_REPORT", SWITCH, &mut |text| {
@@ -305,9 +349,13 @@ mod tests {
 
     #[test]
     fn the_environment_never_weakens() {
-        let safe = HeapConfig::new().hardened(Hardening::FULL).zero_on_free(true);
+        let safe = HeapConfig::new().hardened(Hardening::FULL).zero_on_free(true).debug(true);
         for value in ["0", "off", "checks", "nonsense", ""] {
-            let variables = [(c"MEMORY_POOL_HARDENED", value), (c"MEMORY_POOL_ZERO_ON_FREE", value)];
+            let variables = [
+                (c"MEMORY_POOL_HARDENED", value),
+                (c"MEMORY_POOL_ZERO_ON_FREE", value),
+                (c"MEMORY_POOL_HEAP_DEBUG", value),
+            ];
             assert_eq!(with(&variables, safe).0, safe, "{value}");
         }
     }

@@ -7,6 +7,7 @@ use super::class;
 use super::fault;
 use super::remote;
 use super::segment::{HEADER, NO_CLASS, Place, SEGMENT, SINGLE, SLICE, SLICES, Segment, Span, segment_of};
+use super::settings::Part;
 use super::thread::{Slot, ThreadHeap, bump, lower};
 use crate::source::os;
 
@@ -23,7 +24,8 @@ impl ThreadHeap {
         self.housekeeping();
         let bin = &self.bins[class];
         let most = (self.capacity(class) / 2) as u32;
-        let want = bin.batch.get().clamp(most.min(4), most);
+        let guard = self.guard();
+        let want = if guard.is_none() { bin.batch.get().clamp(most.min(4), most) } else { most };
         bin.batch.set(want * 2);
         let bottom = self.bottom(class);
         debug_assert_eq!(self.top(class), bottom);
@@ -46,6 +48,12 @@ impl ThreadHeap {
             let (a, b) = (slots[low].load(Ordering::Relaxed), slots[high].load(Ordering::Relaxed));
             slots[low].store(b, Ordering::Relaxed);
             slots[high].store(a, Ordering::Relaxed);
+        }
+        if let Some(guard) = guard {
+            for slot in slots {
+                guard.on_take(slot.load(Ordering::Relaxed), class::size(class));
+            }
+            guard.shuffle(slots);
         }
         self.set_top(class, bottom.wrapping_add(gathered - 1));
         self.high_water.set(self.high_water.get().max(self.live.get()));
@@ -180,6 +188,10 @@ impl ThreadHeap {
         if count > 0 && !self.commit(span, carved + count) {
             count = usize::from(self.commit(span, carved + 1));
         }
+        if let Some(guard) = self.guard() {
+            (carved..carved + count)
+                .for_each(|index| guard.on_carve(span.block(index), span.size.get() as usize));
+        }
         for index in carved..carved + count {
             sink(span.block(index));
         }
@@ -219,7 +231,7 @@ impl ThreadHeap {
     fn new_span(&self, class: usize) -> Option<&Span> {
         let count = class::slices(class);
         // The first slice is cut short by the books: it serves small blocks, whose alignment it keeps.
-        let from = usize::from(count > 1);
+        let from = usize::from(count > 1 || self.hub().settings.has(Part::GuardPages));
         self.make_span(count, from, class as u8, class::size(class))
     }
 
@@ -236,7 +248,11 @@ impl ThreadHeap {
             None => self.grow(count, from)?,
         };
         let idle = segment.idle().count_ones() as usize;
-        let span = segment.make_span(first, count, class, size);
+        let guard_page = self.hub().settings.guard_page();
+        let span = segment.make_span(first, count, class, size, guard_page);
+        if guard_page > 0 {
+            self.guard_span(segment, span);
+        }
         let used = idle - segment.idle().count_ones() as usize;
         self.pending.set(self.pending.get() - used * SLICE);
         self.relist(segment);
@@ -329,6 +345,9 @@ impl ThreadHeap {
     #[cold]
     #[inline(never)]
     pub(crate) fn flush(&self, class: usize, block: *mut u8) {
+        if self.guard().is_some() {
+            return self.guarded_free(block);
+        }
         let half = (self.capacity(class) / 2).max(1);
         self.flush_oldest(class, half);
         // SAFETY: this thread's heap, and there is room now.
@@ -338,7 +357,7 @@ impl ThreadHeap {
         self.purge_if_due();
     }
 
-    fn flush_oldest(&self, class: usize, count: usize) {
+    pub(super) fn flush_oldest(&self, class: usize, count: usize) {
         let blocks = self.cached(class);
         let count = count.min(blocks.len());
         for slot in &blocks[..count] {
@@ -572,6 +591,9 @@ impl ThreadHeap {
 
     /// Gives every cached block back to its span.
     pub(super) fn flush_all(&self) {
+        if let Some(guard) = self.guard() {
+            self.end_quarantine(guard);
+        }
         for class in 0..class::COUNT {
             self.flush_oldest(class, usize::MAX);
         }
@@ -584,7 +606,8 @@ impl ThreadHeap {
         self.housekeeping();
         self.collect_some();
         let size = size.next_multiple_of(os::page_size().min(SLICE));
-        let Some(span) = self.make_span(size.div_ceil(SLICE), 1, SINGLE, size) else {
+        let slices = (size + self.hub().settings.guard_page()).div_ceil(SLICE);
+        let Some(span) = self.make_span(slices, 1, SINGLE, size) else {
             return (ptr::null_mut(), false);
         };
         if !self.commit(span, 1) {

@@ -177,7 +177,7 @@ impl Hub {
             sum.adopted += read(&tally.adopted);
             sum.given_back += read(&tally.discarded);
             for (class, stats) in sum.classes.iter_mut().enumerate() {
-                let cached = heap.cached_count(class);
+                let cached = heap.kept_count(class);
                 stats.cached += cached;
                 stats.live = stats.live.wrapping_add(read(&tally.out[class]) as usize).wrapping_sub(cached);
                 sum.cached += cached * stats.size;

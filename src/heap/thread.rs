@@ -20,6 +20,7 @@ use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
 use super::class::{self, COUNT};
+use super::guard::Guard;
 use super::hub::Hub;
 use super::list::List;
 use super::segment::{PartialSpans, RoomySegments, Segment, SegmentQueue, Segments, Span, SpanQueue};
@@ -72,23 +73,43 @@ impl Front {
         }
     }
 
+    /// The top of the cache of `class`, unless that is full.
+    ///
+    /// # Safety
+    /// The front is the calling thread's, and `class < COUNT`.
+    #[inline(always)]
+    pub(crate) unsafe fn room(&self, class: usize) -> Option<*mut Slot> {
+        // SAFETY: `class` is in range.
+        let (top, limit) = unsafe { (self.tops.get_unchecked(class), self.limits.get_unchecked(class)) };
+        let top = top.load(Ordering::Relaxed);
+        (!ptr::eq(top, limit.get())).then_some(top)
+    }
+
+    /// Puts a block of `class` into the cache at its `top`.
+    ///
+    /// # Safety
+    /// As for [`room`](Self::room), which just gave `top`, and the block is the caller's to free.
+    #[inline(always)]
+    pub(crate) unsafe fn push_at(&self, class: usize, top: *mut Slot, block: *mut u8) {
+        // SAFETY: `class` is in range; below the limit there is a slot.
+        unsafe {
+            (*top).store(block, Ordering::Relaxed);
+            self.tops.get_unchecked(class).store(top.add(1), Ordering::Relaxed);
+        }
+    }
+
     /// Puts a block of `class` into the cache; false when it is full.
     ///
     /// # Safety
     /// The front is the calling thread's, `class < COUNT`, and the block is the caller's to free.
     #[inline(always)]
     pub(crate) unsafe fn push(&self, class: usize, block: *mut u8) -> bool {
-        // SAFETY: `class` is in range; below the limit there is a slot.
+        // SAFETY: the caller's contract.
         unsafe {
-            let cell = self.tops.get_unchecked(class);
-            let top = cell.load(Ordering::Relaxed);
-            if ptr::eq(top, self.limits.get_unchecked(class).get()) {
-                return false;
-            }
-            (*top).store(block, Ordering::Relaxed);
-            cell.store(top.add(1), Ordering::Relaxed);
-            true
+            let Some(top) = self.room(class) else { return false };
+            self.push_at(class, top, block);
         }
+        true
     }
 }
 
@@ -127,7 +148,7 @@ pub(super) fn lower(count: &AtomicU64, by: u64) {
 }
 
 /// Where the slots of a class begin.
-const CACHES: [usize; COUNT + 1] = starts(true);
+pub(super) const CACHES: [usize; COUNT + 1] = starts(true);
 const OUTBOXES: [usize; COUNT + 1] = starts(false);
 
 const fn starts(cache: bool) -> [usize; COUNT + 1] {
@@ -168,6 +189,8 @@ pub(crate) struct ThreadHeap {
     /// Set while a request must be served from what is there.
     pub(super) frugal: Cell<bool>,
     pub(crate) tally: Tally,
+    /// What a hardened heap has beside; null for others.
+    pub(super) guard: Cell<*const Guard>,
     pub(super) next_idle: Cell<*const ThreadHeap>,
     pub(super) next_heap: Cell<*const ThreadHeap>,
     /// What a pool with statistics counts for this thread.
@@ -196,6 +219,16 @@ impl ThreadHeap {
         heap
     }
 
+    /// Shuts the fast paths and gives the heap a guard; false without memory.
+    pub(super) fn harden(&self) -> bool {
+        let Some(guard) = Guard::create(self.hub(), |class| self.bottom(class)) else { return false };
+        for (class, limit) in self.front.limits.iter().enumerate() {
+            limit.set(self.bottom(class));
+        }
+        self.guard.set(guard);
+        true
+    }
+
     pub(super) fn hub(&self) -> &Hub {
         // SAFETY: a heap lives within its hub's life.
         unsafe { &*self.hub.get() }
@@ -214,19 +247,29 @@ impl ThreadHeap {
     }
 
     pub(super) fn top(&self, class: usize) -> *const Slot {
-        self.front.tops[class].load(Ordering::Relaxed)
+        self.tops()[class].load(Ordering::Relaxed)
+    }
+
+    /// The tops of the caches: those of the fast paths, or the hidden ones.
+    fn tops(&self) -> &[AtomicPtr<Slot>; COUNT] {
+        self.guard().map_or(&self.front.tops, |guard| &guard.tops)
     }
 
     pub(super) fn set_top(&self, class: usize, top: *const Slot) {
-        self.front.tops[class].store(top.cast_mut(), Ordering::Relaxed);
+        self.tops()[class].store(top.cast_mut(), Ordering::Relaxed);
     }
 
     /// Blocks that the cache of a class holds at most.
     pub(super) fn capacity(&self, class: usize) -> usize {
-        (self.front.limits[class].get() as usize - self.bottom(class) as usize) / size_of::<Slot>()
+        match self.guard() {
+            Some(_) => class::cache_capacity(class),
+            None => {
+                (self.front.limits[class].get() as usize - self.bottom(class) as usize) / size_of::<Slot>()
+            }
+        }
     }
 
-    /// Sets that; the cache holds no more by now, and its array has room.
+    /// Sets that, on a heap that is not hardened; the cache holds no more by now, and its array has room.
     pub(super) fn set_capacity(&self, class: usize, capacity: usize) {
         debug_assert!(self.cached_count(class) <= capacity && capacity <= class::cache_capacity(class));
         self.front.limits[class].set(self.bottom(class).wrapping_add(capacity));
@@ -241,6 +284,12 @@ impl ThreadHeap {
     /// How many those are; any thread may ask.
     pub(crate) fn cached_count(&self, class: usize) -> usize {
         (self.top(class) as usize).wrapping_sub(self.bottom(class) as usize) / size_of::<Slot>()
+    }
+
+    /// Free blocks that this heap keeps at hand or in quarantine; any thread may ask.
+    pub(crate) fn kept_count(&self, class: usize) -> usize {
+        let held = self.guard().map_or(0, |guard| guard.held[class].load(Ordering::Relaxed));
+        self.cached_count(class) + held as usize
     }
 
     /// The blocks in the outbox of a class.
