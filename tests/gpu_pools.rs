@@ -3,6 +3,7 @@
 
 #[allow(dead_code, reason = "some helpers serve the pools of other test programs")]
 mod conformance;
+mod gpu_suite;
 
 use std::alloc::Layout;
 use std::sync::Arc;
@@ -367,5 +368,131 @@ fn the_callback_frees_what_it_can() {
     assert!(matches!(pool.alloc_uninit::<u8>(9 << 20, &stream), Err(Error::OutOfMemory { .. })));
     drop(big);
     pool.clear_oom_callback();
+    clean(&gpu);
+}
+
+#[test]
+fn loads_of_other_allocators_tests() {
+    let gpu = GpuDevice::simulated(SimConfig::default().seed(21).memory(512 << 20));
+    gpu_suite::all(&gpu, gpu_suite::Scale { count: 1000, largest: 8 << 20, cap: 128 << 20 });
+    clean(&gpu);
+}
+
+/// A stream with its owner, and as it was given to us.
+fn borrowed(gpu: &GpuDevice) -> (Stream, Stream) {
+    let owner = gpu.new_stream().unwrap();
+    // SAFETY: every test drops the borrowed handle first.
+    let borrowed = unsafe { gpu.stream_from_raw(owner.as_raw()) };
+    (owner, borrowed)
+}
+
+/// Whether the pool has `bytes` for `stream` within a moment: the driver tells of a graph's end on its own thread.
+fn soon(pool: &DevicePool, bytes: usize, stream: &Stream) -> bool {
+    (0..2000).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        pool.alloc_uninit::<u8>(bytes, stream).is_ok()
+    })
+}
+
+#[test]
+fn a_capture_begun_by_somebody_else_has_memory_of_its_own() {
+    let gpu = device(22);
+    let sim = gpu.simulation().unwrap();
+    let (owner, given) = borrowed(&gpu);
+    let other = gpu.new_stream().unwrap();
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu().max_size(1 << 20)).unwrap();
+    pool.reserve(1 << 20).unwrap();
+    let before = pool.alloc_uninit::<u8>(128 << 10, &given).unwrap();
+    // The pool learns of the capture by asking; we know nothing of the graph on the owner's side.
+    let capture = owner.begin_capture().unwrap();
+    let block = pool.allocate_async(512 << 10, &given).unwrap();
+    let address = block.as_ptr() as usize;
+    sim.launch(&given, 1000, &[Touch::write(address, 512 << 10)], |_| ()).unwrap();
+    // SAFETY: live, and used on its stream alone.
+    unsafe { pool.deallocate_async(block, &given) };
+    drop(before);
+    let again = pool.allocate_async(512 << 10, &given).unwrap();
+    assert_eq!(again.as_ptr() as usize, address, "the capture reuses its own");
+    // SAFETY: as above.
+    unsafe { pool.deallocate_async(again, &given) };
+    assert!(pool.process_deferred() <= 512 << 10);
+    let graph = capture.end().unwrap();
+    // What the graph uses is nobody else's, before and after launches, until it is gone.
+    for _ in 0..3 {
+        assert!(pool.alloc_uninit::<u8>(512 << 10, &other).is_err());
+        graph.launch(&owner).unwrap();
+        let small = pool.alloc_uninit::<u8>(256 << 10, &other).unwrap();
+        sim.launch(&other, 1000, &[Touch::write(small.as_device_ptr() as usize, 256 << 10)], |_| ()).unwrap();
+    }
+    drop(graph);
+    assert!(soon(&pool, 1 << 20, &other), "the graph is gone");
+    // The stream is an ordinary one again.
+    pool.alloc::<u8>(1 << 20, &given).unwrap();
+    sim.run_all();
+    clean(&gpu);
+    pool.check().unwrap();
+    drop((given, other));
+}
+
+#[test]
+fn a_foreign_graph_keeps_a_pool_alive_that_its_owner_let_go() {
+    let gpu = device(23);
+    let sim = gpu.simulation().unwrap();
+    let (owner, given) = borrowed(&gpu);
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    let capture = owner.begin_capture().unwrap();
+    let scratch = pool.alloc::<u8>(1000, &given).unwrap();
+    drop((scratch, pool));
+    let graph = capture.end().unwrap();
+    graph.launch(&owner).unwrap();
+    owner.synchronize().unwrap();
+    assert_ne!(sim.memory_in_use(), 0);
+    drop(graph);
+    assert!((0..2000).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        sim.memory_in_use() == 0
+    }));
+    drop(given);
+    clean(&gpu);
+}
+
+#[test]
+fn a_capture_that_comes_to_nothing_gives_its_memory_back() {
+    let gpu = device(24);
+    let (owner, given) = borrowed(&gpu);
+    let other = gpu.new_stream().unwrap();
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu().max_size(1 << 20)).unwrap();
+    let capture = owner.begin_capture().unwrap();
+    drop(pool.alloc_uninit::<u8>(1 << 20, &given).unwrap());
+    drop(capture);
+    assert!(soon(&pool, 1 << 20, &other));
+    clean(&gpu);
+    drop(given);
+}
+
+#[test]
+fn branches_of_a_graph_do_not_share_what_they_free() {
+    let gpu = device(25);
+    let sim = gpu.simulation().unwrap();
+    let (a, b) = (gpu.new_stream().unwrap(), gpu.new_stream().unwrap());
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu().max_size(1 << 20)).unwrap();
+    pool.reserve(1 << 20).unwrap();
+    let capture = a.begin_capture().unwrap();
+    b.wait_for(&a).unwrap();
+    assert!(b.is_capturing(), "the wait drew it in");
+    let left = pool.alloc_uninit::<u8>(256 << 10, &a).unwrap();
+    let address = left.as_device_ptr();
+    drop(left);
+    let right = pool.alloc_uninit::<u8>(256 << 10, &b).unwrap();
+    assert_ne!(right.as_device_ptr(), address, "both branches run at once");
+    drop(right);
+    a.wait_for(&b).unwrap();
+    let graph = capture.end().unwrap();
+    assert!(!a.is_capturing() && !b.is_capturing());
+    assert!(pool.alloc_uninit::<u8>(768 << 10, &b).is_err(), "half of the memory is the graph's");
+    graph.launch(&a).unwrap();
+    drop(graph);
+    assert!(pool.alloc_uninit::<u8>(768 << 10, &b).is_ok());
+    sim.run_all();
     clean(&gpu);
 }

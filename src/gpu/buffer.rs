@@ -13,6 +13,7 @@ use core::marker::PhantomData;
 use core::mem::MaybeUninit;
 use core::ops::{Bound, RangeBounds};
 use core::ptr::NonNull;
+use std::any::Any;
 
 use bytemuck::{AnyBitPattern, NoUninit, Zeroable};
 
@@ -24,6 +25,7 @@ use super::pool::{DevicePool, bytes_of, empty};
 use super::stream::{Stream, StreamScope};
 use crate::base::error::{Error, PointerFault, Refusal, Result};
 use crate::base::pool::{AllocFlags, MemoryPool};
+use crate::base::sync::Lock;
 use crate::base::transfer::{CopySource, CopyTarget};
 
 /// A live block of a pool; freed on its home stream when dropped.
@@ -34,6 +36,25 @@ pub(super) struct Block {
     pub(super) start: usize,
     pub(super) bytes: usize,
     pub(super) home: Stream,
+    /// Set where the memory is not the pool's.
+    foreign: Option<Foreign>,
+}
+
+/// Memory of somebody else's under a [`Block`].
+pub(super) struct Foreign {
+    /// The stream on which its owner frees it.
+    stream: Stream,
+    /// Streams that use it beside the home stream.
+    users: Lock<Vec<Stream>>,
+    /// Frees it when dropped.
+    _owner: Box<dyn Any + Send + Sync>,
+}
+
+#[cfg(feature = "cuda")]
+impl Foreign {
+    pub(super) fn new(stream: Stream, owner: Box<dyn Any + Send + Sync>) -> Self {
+        Self { stream, users: Lock::default(), _owner: owner }
+    }
 }
 
 impl Block {
@@ -41,10 +62,24 @@ impl Block {
         let (pool, home) = (pool.clone(), home.clone());
         if bytes == 0 {
             pool.inner.accept(&home)?;
-            return Ok(Self { pool, ticket: None, start: empty::<T>(), bytes: 0, home });
+            return Ok(Self { pool, ticket: None, start: empty::<T>(), bytes: 0, home, foreign: None });
         }
         let placed = pool.inner.take(bytes, align_of::<T>(), Some(&home), AllocFlags::NONE)?;
-        Ok(Self { pool, ticket: Some(placed.ticket), start: placed.start, bytes: placed.len, home })
+        let (ticket, start, bytes) = (Some(placed.ticket), placed.start, placed.len);
+        Ok(Self { pool, ticket, start, bytes, home, foreign: None })
+    }
+
+    /// A block of memory that is somebody else's.
+    #[cfg(feature = "cuda")]
+    pub(super) fn adopted(
+        pool: &DevicePool,
+        start: usize,
+        bytes: usize,
+        home: &Stream,
+        foreign: Foreign,
+    ) -> Self {
+        let (pool, home) = (pool.clone(), home.clone());
+        Self { pool, ticket: None, start, bytes, home, foreign: Some(foreign) }
     }
 
     fn device(&self) -> &GpuDevice {
@@ -77,6 +112,14 @@ impl Drop for Block {
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket {
             self.pool.inner.give(ticket, self.start, self.bytes, Some(&self.home));
+        }
+        if let Some(foreign) = &self.foreign {
+            // Its owner frees it on its own stream, after all work on it; what cannot be ordered is waited for.
+            for user in foreign.users.lock().iter().chain([&self.home]) {
+                if foreign.stream.wait_for(user).is_err() {
+                    user.settle();
+                }
+            }
         }
     }
 }
@@ -169,10 +212,11 @@ impl<T> DeviceBuffer<T> {
     /// Says that work on `stream` uses this buffer too: once dropped, its memory is not reused before the
     /// work that `stream` was issued until then is done.
     pub fn record_stream(&self, stream: &Stream) -> Result<()> {
-        match self.block.ticket {
-            Some(ticket) => self.block.pool.inner.share(ticket, stream),
-            None => Ok(()),
+        if let Some(foreign) = &self.block.foreign {
+            self.block.pool.inner.accept(stream)?;
+            foreign.users.lock().push(stream.clone());
         }
+        self.block.ticket.map_or(Ok(()), |ticket| self.block.pool.inner.share(ticket, stream))
     }
 
     /// All elements.
@@ -270,8 +314,11 @@ impl<T> DeviceBuffer<T> {
     }
 
     /// Gives the memory away: its address, to be freed with `deallocate_async` of a handle on its pool. The
-    /// pool does not live on for its sake.
+    /// pool does not live on for its sake. Memory that was adopted cannot be given away.
     pub fn into_raw(self) -> Result<u64> {
+        if self.block.foreign.is_some() {
+            return Err(Error::refused("the memory is not the pool's", "copy it into a buffer of the pool"));
+        }
         if let Some(ticket) = self.block.ticket
             && !self.block.pool.inner.core.lock().publish(ticket)
         {

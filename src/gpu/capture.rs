@@ -4,6 +4,9 @@
 //! comes from memory private to the capture, which only this capture reuses, and which goes back to the pool
 //! when the graph is gone and its last launch is complete. Nothing is recorded or asked that would invalidate
 //! the capture.
+//!
+//! A capture that somebody else began on a borrowed stream is found by asking the driver, which is also asked to tell
+//! when the graph, all that was made from it and its last launch are gone.
 
 use std::fmt;
 use std::sync::Arc;
@@ -19,15 +22,55 @@ use crate::gpu::GpuDevice;
 pub(super) struct Session {
     pub(super) id: u64,
     device: GpuDevice,
-    /// Somebody else captures, and launches unseen.
-    foreign: bool,
+    ends: Ends,
+    /// Streams that waited for captured work and so became part of the capture.
+    drawn_in: Lock<Vec<Stream>>,
     /// The last launch on each stream.
     launches: Lock<Vec<(Stream, GpuEvent)>>,
     /// The pools whose memory the graph uses.
     pools: Lock<Vec<Arc<Inner>>>,
 }
 
+/// When the work of a capture is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ends {
+    /// After the launches seen here.
+    WithLaunches,
+    /// Somebody else launches unseen, so the device is waited for.
+    WithDevice,
+    /// The driver told it before the last handle went.
+    WhenTold,
+}
+
 impl Session {
+    pub(super) fn new(device: &GpuDevice, ends: Ends) -> Self {
+        Self {
+            id: device.0.next_capture(),
+            device: device.clone(),
+            ends,
+            drawn_in: Lock::default(),
+            launches: Lock::default(),
+            pools: Lock::default(),
+        }
+    }
+
+    /// Whether the capture was begun here, and so ends here.
+    pub(super) fn is_ours(&self) -> bool {
+        self.ends == Ends::WithLaunches
+    }
+
+    /// Notes a stream that belongs to the capture until it ends.
+    pub(super) fn drew_in(&self, stream: &Stream) {
+        self.drawn_in.lock().push(stream.clone());
+    }
+
+    /// The capture is over.
+    fn let_go(&self) {
+        for stream in std::mem::take(&mut *self.drawn_in.lock()) {
+            stream.set_session(None);
+        }
+    }
+
     /// Keeps a pool alive as long as the graph.
     pub(super) fn keep(&self, pool: Arc<Inner>) {
         let mut pools = self.pools.lock();
@@ -46,7 +89,10 @@ impl Drop for Session {
             }
         }
         // As above.
-        if self.foreign && self.device.synchronize().is_err() {
+        if self.ends == Ends::WithDevice && self.device.synchronize().is_err() {
+            return;
+        }
+        if self.pools.lock().is_empty() {
             return;
         }
         let id = self.id;
@@ -83,14 +129,7 @@ impl Stream {
         self.refuse_capture()?;
         let device = self.device().clone();
         device.0.driver.begin_capture(self.raw())?;
-        let id = device.0.next_capture();
-        self.set_session(Some(Arc::new(Session {
-            id,
-            device,
-            foreign: false,
-            launches: Lock::default(),
-            pools: Lock::default(),
-        })));
+        self.set_session(Some(Arc::new(Session::new(&device, Ends::WithLaunches))));
         Ok(Capture { stream: self, open: true })
     }
 }
@@ -102,6 +141,7 @@ impl Capture<'_> {
         let raw = self.stream.device().0.driver.end_capture(self.stream.raw());
         let session = self.stream.set_session(None);
         let session = session.ok_or(Error::refused("no capture is in progress", "begin one first"))?;
+        session.let_go();
         Ok(Graph { raw: raw?, session })
     }
 }
@@ -114,7 +154,9 @@ impl Drop for Capture<'_> {
                 // SAFETY: the graph was just made and nobody else knows it.
                 let _ = unsafe { driver.graph_destroy(graph) };
             }
-            self.stream.set_session(None);
+            if let Some(session) = self.stream.set_session(None) {
+                session.let_go();
+            }
         }
     }
 }
@@ -125,11 +167,12 @@ impl fmt::Debug for Capture<'_> {
     }
 }
 
-/// Memory of graphs that somebody else captures: a framework that begins and ends captures on streams which are only
-/// borrowed here.
+/// Memory that several graphs of somebody else share: a framework that begins and ends captures on streams which are
+/// only borrowed here, and says itself when their memory ends.
 ///
-/// While a stream has it ([`Stream::set_graph_memory`]), what is allocated on that stream is private to these graphs.
-/// Several captures, one after the other, may share it. It ends with its last handle, which waits for the device.
+/// It is not needed for safety: what is allocated while somebody else captures a borrowed stream is private to that
+/// graph in any case, until the driver tells that the graph is gone. While a stream has a memory
+/// ([`Stream::set_graph_memory`]), what is allocated on that stream is private to these graphs. Several captures, one after the other, may share it. It ends with its last handle, which waits for the device.
 ///
 /// ```
 /// use memory_pool::gpu::GraphMemory;
@@ -141,7 +184,6 @@ impl fmt::Debug for Capture<'_> {
 /// let pool = DevicePool::new(&gpu, PoolConfig::default_gpu())?;
 ///
 /// let capture = owner.begin_capture()?;                       // by the framework
-/// assert!(pool.allocate_async(4096, &borrowed).is_err());     // whose graph would this belong to?
 /// let memory = GraphMemory::new(&gpu);
 /// borrowed.set_graph_memory(Some(&memory))?;
 /// let scratch = pool.allocate_async(4096, &borrowed)?;
@@ -159,14 +201,7 @@ pub struct GraphMemory(Arc<Session>);
 impl GraphMemory {
     /// Memory for graphs on `device`, of any of its pools.
     pub fn new(device: &GpuDevice) -> Self {
-        let (id, device) = (device.0.next_capture(), device.clone());
-        Self(Arc::new(Session {
-            id,
-            device,
-            foreign: true,
-            launches: Lock::default(),
-            pools: Lock::default(),
-        }))
+        Self(Arc::new(Session::new(device, Ends::WithDevice)))
     }
 }
 

@@ -181,9 +181,9 @@ impl Core {
     }
 
     /// The private lane of a capture.
-    pub(super) fn capture_lane(&mut self, id: u64) -> Result<u16> {
+    pub(super) fn capture_lane(&mut self, id: u64, slot: u32) -> Result<u16> {
         let (zones, shared, lanes) = (&self.zones, &self.shared, self.order.lanes());
-        let lane = self.order.capture_lane(id, || Self::unused_lanes(zones, shared, lanes.into()))?;
+        let lane = self.order.capture_lane(id, slot, || Self::unused_lanes(zones, shared, lanes.into()))?;
         self.lanes_changed();
         Ok(lane)
     }
@@ -428,16 +428,22 @@ impl Core {
         let (zone, node) = (ticket.zone(), ticket.node());
         let len = self.zones[zone].len(node);
         let was = self.zones[zone].tag(node);
-        // A block of a capture, or freed in one, stays with the graph that uses it.
-        let lane = if self.order.is_capture(was.lane) { was.lane } else { lane };
-        let tag = if was.batch & SHARED != 0 {
-            let mut users = self.shared.remove(&ticket).unwrap_or_default();
-            users.retain(|&(user, _)| user != lane);
-            if users.is_empty() || self.order.is_capture(lane) {
-                self.tag_on(lane)
-            } else {
-                self.order.tag_shared(driver, lane, users)
+        let mut users = Vec::new();
+        if was.batch & SHARED != 0 {
+            users = self.shared.remove(&ticket).unwrap_or_default();
+        }
+        // A block of a capture, or freed in one, stays with the graph that uses it: with the branch that frees it,
+        // or if that is no branch of the graph, with the one that had it, and with both graphs if there are two.
+        let mut lane = lane;
+        if self.order.is_capture(was.lane) && !self.order.same_capture(was.lane, lane) {
+            if self.order.is_capture(lane) {
+                users.push((lane, 0));
             }
+            lane = was.lane;
+        }
+        let tag = if !users.is_empty() {
+            users.retain(|&(user, _)| user != lane);
+            if users.is_empty() { self.tag_on(lane) } else { self.order.tag_shared(driver, lane, users) }
         } else {
             self.tag_on(lane)
         };

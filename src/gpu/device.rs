@@ -3,10 +3,12 @@
 //! Who locks what: `slots` and `members` are leaves (nothing is called with them held). A pool's lock may be
 //! held while the driver is called; `members` is released before a pool is entered.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
+use super::capture::Session;
 use super::driver::sim::{SimConfig, SimDevice, Simulation};
 use super::driver::{Driver, RawEvent, RawStream};
 use super::stream::{Owner, Stream};
@@ -37,6 +39,8 @@ pub(super) struct Device {
     members: Lock<Vec<Weak<dyn Member>>>,
     events: Lock<Vec<RawEvent>>,
     captures: AtomicU64,
+    /// Captures that somebody else began, by the driver's number.
+    pub(super) foreign: Lock<HashMap<u64, Weak<Session>>>,
 }
 
 impl fmt::Debug for Device {
@@ -117,6 +121,7 @@ impl GpuDevice {
             members: Lock::default(),
             events: Lock::default(),
             captures: AtomicU64::new(0),
+            foreign: Lock::default(),
         }))
     }
 

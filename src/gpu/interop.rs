@@ -146,8 +146,8 @@ impl<T, K: HostAccessible> HostSlice<T> for HostBuffer<T, K> {
     }
 }
 
-/// Adopts a cudarc slice's elements into a buffer of `pool`: a copy on the device, after which the slice is
-/// dropped as cudarc does it.
+/// Copies a cudarc slice's elements into a buffer of `pool`, on the device. [`DeviceBuffer::adopt_cuda`] takes the
+/// slice over without a copy.
 pub fn copy_from_cuda<T: Copy>(
     pool: &super::pool::DevicePool,
     slice: &CudaSlice<T>,

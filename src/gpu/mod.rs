@@ -19,6 +19,8 @@ mod host;
 #[cfg(feature = "cuda")]
 mod interop;
 mod kind;
+#[cfg(feature = "cuda")]
+mod lent;
 mod order;
 #[cfg(test)]
 mod order_tests;
@@ -36,6 +38,8 @@ pub use host::{HostBuffer, ManagedBuffer, PinnedBuffer, Transfer};
 #[cfg(feature = "cuda")]
 pub use interop::{CudaBuffer, copy_from_cuda};
 pub use kind::{Device, HostAccessible, Managed, MemoryKind, Pinned};
+#[cfg(feature = "cuda")]
+pub use lent::LentSlice;
 pub use pool::{DevicePool, GpuPool, ManagedPool, PinnedPool};
 pub use share::{SharedDeviceMemory, SharedExport};
 pub use stream::{GpuEvent, Stream, StreamScope};

@@ -76,7 +76,8 @@ pub(super) struct Order {
     lanes: Vec<Lane>,
     /// The lane of each stream of the device; `CLEAN` for none.
     by_slot: Vec<u16>,
-    captures: HashMap<u64, u16>,
+    /// By the number of the capture and the slot of the stream.
+    captures: HashMap<(u64, u32), u16>,
     /// What a range of lane `MIXED` waits for, by the batch of its tag.
     mixed: Vec<Vec<(u16, u32)>>,
     mixed_vacant: Vec<u32>,
@@ -158,26 +159,41 @@ impl Order {
         Ok(lane as u16)
     }
 
-    /// The private lane of a capture.
-    pub(super) fn capture_lane(&mut self, id: u64, unused: impl FnOnce() -> Vec<bool>) -> Result<u16> {
-        if let Some(&lane) = self.captures.get(&id) {
+    /// The private lane of a stream in a capture: branches of a graph run at the same time, so each reuses what it
+    /// freed itself.
+    pub(super) fn capture_lane(
+        &mut self,
+        id: u64,
+        slot: u32,
+        unused: impl FnOnce() -> Vec<bool>,
+    ) -> Result<u16> {
+        if let Some(&lane) = self.captures.get(&(id, slot)) {
             return Ok(lane);
         }
         let lane = self.vacant_lane(unused)?;
         let state = &mut self.lanes[lane as usize];
         state.capture = Some(id);
         state.open = state.open.max(state.done) + 1;
-        self.captures.insert(id, lane);
+        self.captures.insert((id, slot), lane);
         Ok(lane)
     }
 
-    /// Ends the privacy of a capture: its work is complete. Returns its lane if it had one.
-    pub(super) fn end_capture(&mut self, id: u64) -> Option<u16> {
-        let lane = self.captures.remove(&id)?;
-        let state = &mut self.lanes[lane as usize];
-        state.capture = None;
-        state.done = state.open;
-        Some(lane)
+    /// Ends the privacy of a capture: its work is complete. Returns whether it had memory.
+    pub(super) fn end_capture(&mut self, id: u64) -> bool {
+        let ended: Vec<u16> =
+            self.captures.extract_if(|&(of, _), _| of == id).map(|(_, lane)| lane).collect();
+        for &lane in &ended {
+            let state = &mut self.lanes[lane as usize];
+            state.capture = None;
+            state.done = state.open;
+        }
+        !ended.is_empty()
+    }
+
+    /// Whether both lanes belong to one capture.
+    pub(super) fn same_capture(&self, one: u16, other: u16) -> bool {
+        let of = |lane: u16| self.lanes[lane as usize].capture;
+        of(one).is_some() && of(one) == of(other)
     }
 
     /// Whether the lane is the private memory of a capture.

@@ -3,13 +3,13 @@
 //! Invariants
 //! 1. A stream's slot is its number among the living streams of its device; no two share one.
 //! 2. Pools hear of a stream's end (`close_slot`) before it is destroyed and before its slot is given on.
-//! 3. `session` is set exactly while work on the stream is recorded into a graph through this handle.
+//! 3. `session` is set exactly while work on the stream is recorded into a graph whose capture was begun here.
 
 use std::any::Any;
 use std::fmt;
 use std::marker::PhantomData;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::ThreadId;
 
 use super::capture::Session;
@@ -38,6 +38,8 @@ struct Inner {
     owner: Owner,
     session: Lock<Option<Arc<Session>>>,
     capturing: AtomicBool,
+    /// Whether somebody else may begin a capture on the stream.
+    exposed: AtomicBool,
     /// Keeps a foreign owner of the stream alive.
     _keep: Option<Box<dyn Any + Send + Sync>>,
 }
@@ -70,6 +72,7 @@ impl Stream {
             owner,
             session: Lock::default(),
             capturing: AtomicBool::new(false),
+            exposed: AtomicBool::new(matches!(owner, Owner::Borrowed | Owner::Thread(_))),
             _keep: keep,
         }))
     }
@@ -91,8 +94,10 @@ impl Stream {
         }
     }
 
-    /// The raw `CUstream`, for foreign calls. Work issued through it counts as work on this stream.
+    /// The raw `CUstream`, for foreign calls. Work issued through it counts as work on this stream. From now on a
+    /// pool asks the driver at each operation on the stream whether it is being captured.
     pub fn as_raw(&self) -> *mut core::ffi::c_void {
+        self.0.exposed.store(true, Ordering::Relaxed);
         self.0.raw.0 as *mut _
     }
 
@@ -148,7 +153,9 @@ impl Stream {
         let ordered = recorded.and_then(|()| self.0.device.0.driver.stream_wait(self.0.raw, event));
         // A wait keeps what the event stood for when it was issued, so the event can be used again at once.
         device.put_event(event);
-        ordered
+        ordered?;
+        self.join_capture(other.capture_session()?);
+        Ok(())
     }
 
     /// An event that stands for everything issued so far.
@@ -156,7 +163,7 @@ impl Stream {
         self.check_thread()?;
         let device = &self.0.device;
         let raw = device.0.get_event()?;
-        let event = GpuEvent { raw, device: device.clone(), captured: self.is_capturing() };
+        let event = GpuEvent { raw, device: device.clone(), captured: self.capture_session()? };
         device.0.driver.event_record(raw, self.0.raw)?;
         Ok(event)
     }
@@ -164,7 +171,9 @@ impl Stream {
     /// Orders what is issued to this stream from now on after an event.
     pub fn wait_event(&self, event: &GpuEvent) -> Result<()> {
         self.check_thread()?;
-        self.0.device.0.driver.stream_wait(self.0.raw, event.raw)
+        self.0.device.0.driver.stream_wait(self.0.raw, event.raw)?;
+        self.join_capture(event.captured.clone());
+        Ok(())
     }
 
     /// Runs `call` on the CPU in the stream's order. It must use neither streams nor pools.
@@ -236,20 +245,58 @@ impl Stream {
         std::mem::replace(&mut *self.0.session.lock(), session)
     }
 
+    /// The capture in progress on this stream, whoever began it.
+    #[inline]
+    pub(super) fn capture_session(&self) -> Result<Option<Arc<Session>>> {
+        match self.session() {
+            None if self.is_foreign() => self.foreign_session(),
+            session => Ok(session),
+        }
+    }
+
+    /// The capture that somebody else began on this stream. The driver tells when its graph is gone.
+    fn foreign_session(&self) -> Result<Option<Arc<Session>>> {
+        let device = &self.0.device;
+        let Some(id) = device.0.driver.capture_id(self.0.raw)? else { return Ok(None) };
+        let known = device.0.foreign.lock().get(&id).and_then(Weak::upgrade);
+        if known.is_some() {
+            return Ok(known);
+        }
+        let session = Arc::new(Session::new(device, super::capture::Ends::WhenTold));
+        let kept = session.clone();
+        device.0.driver.on_graph_end(self.0.raw, Box::new(move || drop(kept)))?;
+        let mut foreign = device.0.foreign.lock();
+        foreign.retain(|_, session| session.strong_count() > 0);
+        foreign.insert(id, Arc::downgrade(&session));
+        Ok(Some(session))
+    }
+
+    /// This stream waited for captured work, which drew it into the capture.
+    fn join_capture(&self, session: Option<Arc<Session>>) {
+        let Some(session) = session else { return };
+        if session.is_ours() {
+            if self.session().is_none() {
+                session.drew_in(self);
+                self.set_session(Some(session));
+            }
+        } else {
+            // The driver knows.
+            self.0.exposed.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Whether work issued now is recorded into a graph instead of running.
     pub fn is_capturing(&self) -> bool {
         if self.0.capturing.load(Ordering::Relaxed) {
             return true;
         }
-        // Only the foreign owner of a stream can have begun a capture that is not known here.
-        self.0.owner == Owner::Borrowed
-            && self.0.device.0.driver.capture_state(self.0.raw) == Ok(CaptureState::Active)
+        self.is_foreign() && self.0.device.0.driver.capture_state(self.0.raw) == Ok(CaptureState::Active)
     }
 
     /// Whether a capture of this stream could be in progress without a session here.
     #[inline]
     pub(super) fn is_foreign(&self) -> bool {
-        self.0.owner == Owner::Borrowed
+        self.0.exposed.load(Ordering::Relaxed)
     }
 
     pub(super) fn refuse_capture(&self) -> Result<()> {
@@ -325,12 +372,13 @@ impl fmt::Debug for StreamScope<'_, '_> {
 pub struct GpuEvent {
     raw: RawEvent,
     device: GpuDevice,
-    captured: bool,
+    /// The capture that it was recorded in.
+    captured: Option<Arc<Session>>,
 }
 
 impl GpuEvent {
     fn refuse_capture(&self) -> Result<()> {
-        if self.captured {
+        if self.captured.is_some() {
             return Err(Error::InvalidOperation(Refusal::Capturing));
         }
         Ok(())

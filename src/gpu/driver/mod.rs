@@ -195,6 +195,11 @@ pub(crate) unsafe trait Driver: Send + Sync + fmt::Debug {
     fn host_call(&self, stream: RawStream, call: Box<dyn FnOnce() + Send>) -> Result<()>;
 
     fn capture_state(&self, stream: RawStream) -> Result<Capture>;
+    /// The number of the capture in progress on a stream; no other of this process has the same.
+    fn capture_id(&self, stream: RawStream) -> Result<Option<u64>>;
+    /// Runs `end`, on a thread of its own, when the graph that is being captured on `stream` is gone, and all that
+    /// was made from it, and the last launch is complete.
+    fn on_graph_end(&self, stream: RawStream, end: Box<dyn FnOnce() + Send>) -> Result<()>;
     fn begin_capture(&self, stream: RawStream) -> Result<()>;
     /// Ends the capture and makes the graph executable.
     fn end_capture(&self, stream: RawStream) -> Result<RawGraph>;

@@ -8,6 +8,7 @@ use core::alloc::Layout;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
+use super::super::capture::Session;
 use super::super::core::{Ask, Core, LARGE, Placed, Ticket};
 use super::super::device::{GpuDevice, Member};
 use super::super::driver::Space;
@@ -106,9 +107,10 @@ impl Inner {
         if let Some(stream) = stream {
             self.accept(stream)?;
         }
+        let session = Self::session(stream)?;
         let mut core = self.core.lock();
         self.open()?;
-        let lane = self.lane(&mut core, stream)?;
+        let lane = self.lane(&mut core, stream, session.as_ref())?;
         let ask = Ask { bytes: rounded, align, lane };
         let driver = &*self.device.0.driver;
         match core.place(ask) {
@@ -127,22 +129,29 @@ impl Inner {
     #[inline]
     pub(in crate::gpu) fn accept(&self, stream: &Stream) -> Result<()> {
         self.device.must_be(stream.device())?;
-        stream.check_thread()?;
-        if stream.is_foreign() && stream.session().is_none() {
-            // Somebody else's capture has no end that we would hear of.
-            stream.refuse_capture()?;
-        }
-        Ok(())
+        stream.check_thread()
     }
 
-    fn lane(self: &Arc<Self>, core: &mut Core, stream: Option<&Stream>) -> Result<u16> {
+    /// The capture that what is done on `stream` now becomes part of. Asked before the books are locked and kept
+    /// until after, since the last handle of a session goes through all pools.
+    #[inline]
+    fn session(stream: Option<&Stream>) -> Result<Option<Arc<Session>>> {
+        stream.map_or(Ok(None), Stream::capture_session)
+    }
+
+    fn lane(
+        self: &Arc<Self>,
+        core: &mut Core,
+        stream: Option<&Stream>,
+        session: Option<&Arc<Session>>,
+    ) -> Result<u16> {
         let Some(stream) = stream else { return Ok(CLEAN) };
-        match stream.session() {
+        match session {
             None => core.lane_for(stream),
             Some(session) => {
                 // The graph will need this memory as long as it lives.
                 session.keep(self.clone());
-                core.capture_lane(session.id)
+                core.capture_lane(session.id, stream.slot())
             }
         }
     }
@@ -373,14 +382,18 @@ impl Inner {
     /// Frees a block on `stream`, or for the CPU.
     pub(super) fn give_plain(self: &Arc<Self>, ticket: Ticket, stream: Option<&Stream>) {
         let driver = &*self.device.0.driver;
+        let session = Self::session(stream);
         let mut core = self.core.lock();
         // No lane is to be had only while 4093 streams are in use: then the device is waited for instead.
-        let lane = match self.lane(&mut core, stream) {
+        let lane = match session
+            .as_ref()
+            .map_err(|error| *error)
+            .and_then(|session| self.lane(&mut core, stream, session.as_ref()))
+        {
             Ok(lane) => lane,
-            Err(_) => {
-                let _ = driver.device_sync();
-                CLEAN
-            }
+            Err(_) if driver.device_sync().is_ok() => CLEAN,
+            // The context is lost; the block must not be reused.
+            Err(_) => return,
         };
         core.free(driver, ticket, lane);
     }
@@ -393,9 +406,10 @@ impl Inner {
         stream: Option<&Stream>,
     ) -> Option<usize> {
         let bytes = options::rounded(&self.config, bytes).filter(|_| self.in_place())?;
+        let session = Self::session(stream).ok()?;
         let (lane, grown) = {
             let mut core = self.core.lock();
-            let lane = self.lane(&mut core, stream).ok()?;
+            let lane = self.lane(&mut core, stream, session.as_ref()).ok()?;
             (lane, core.grow(ticket, bytes, lane))
         };
         let (start, before, len) = grown.or_else(|| self.grow_by_mapping(ticket, bytes, lane))?;
@@ -423,8 +437,9 @@ impl Inner {
     /// Notes that work on `stream` uses a live block too.
     pub(in crate::gpu) fn share(self: &Arc<Self>, ticket: Ticket, stream: &Stream) -> Result<()> {
         self.accept(stream)?;
+        let session = Self::session(Some(stream))?;
         let mut core = self.core.lock();
-        let lane = self.lane(&mut core, Some(stream))?;
+        let lane = self.lane(&mut core, Some(stream), session.as_ref())?;
         core.share(ticket, lane);
         Ok(())
     }
@@ -594,7 +609,7 @@ impl Member for Inner {
 
     fn capture_ends(&self, id: u64) {
         let mut core = self.core.lock();
-        if core.order.end_capture(id).is_some() {
+        if core.order.end_capture(id) {
             core.clean_done();
         }
     }

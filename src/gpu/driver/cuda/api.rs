@@ -122,6 +122,14 @@ functions! {
     fill = "cuMemsetD8Async": fn(u64, u8, usize, Opaque);
     host_call = "cuLaunchHostFunc": fn(Opaque, unsafe extern "C" fn(*mut c_void), *mut c_void);
     is_capturing = "cuStreamIsCapturing": fn(Opaque, *mut c_int);
+    capture_info = "cuStreamGetCaptureInfo_v2": fn(
+        Opaque, *mut c_int, *mut u64, *mut Opaque, *mut *const Opaque, *mut usize
+    );
+    user_object_create = "cuUserObjectCreate": fn(
+        *mut Opaque, *mut c_void, unsafe extern "C" fn(*mut c_void), c_uint, c_uint
+    );
+    user_object_release = "cuUserObjectRelease": fn(Opaque, c_uint);
+    graph_retain_object = "cuGraphRetainUserObject": fn(Opaque, Opaque, c_uint, c_uint);
     begin_capture = "cuStreamBeginCapture_v2": fn(Opaque, c_int);
     end_capture = "cuStreamEndCapture": fn(Opaque, *mut Opaque);
     exchange_capture_mode = "cuThreadExchangeStreamCaptureMode": fn(*mut c_int);

@@ -114,6 +114,17 @@ impl Drop for Relaxed<'_> {
     }
 }
 
+/// What the driver calls back: runs a boxed function, which it gives back here.
+///
+/// # Safety
+/// `data` is a `Box<Box<dyn FnOnce() + Send>>` as a pointer, and this is its only use.
+unsafe extern "C" fn run_once(data: *mut c_void) {
+    // SAFETY: the contract.
+    let run = unsafe { Box::from_raw(data.cast::<Box<dyn FnOnce() + Send>>()) };
+    // A panic must not cross into the driver.
+    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+}
+
 fn stream(raw: RawStream) -> Opaque {
     raw.0 as Opaque
 }
@@ -246,6 +257,18 @@ impl CudaDevice {
         let _current = self.current()?;
         let _relaxed = Relaxed::new(self.api);
         check(call(self.api), name)
+    }
+
+    /// Number and graph of the capture in progress on a stream.
+    fn capture_info(&self, raw: RawStream) -> Result<Option<(u64, Opaque)>> {
+        const INVALIDATED: c_int = 2;
+        let (mut state, mut id, mut graph) = (0, 0, null_mut());
+        // SAFETY: invariants 1, 2 and 3; the last two may be null.
+        self.relaxed("cuStreamGetCaptureInfo", |api| unsafe {
+            (api.capture_info)(stream(raw), &mut state, &mut id, &mut graph, null_mut(), null_mut())
+        })?;
+        // What an invalidated capture recorded will never run.
+        Ok((state != 0 && state != INVALIDATED).then_some((id, graph)))
     }
 
     fn ask(&self, name: &'static str, call: impl FnOnce(&Api) -> Code) -> Result<bool> {
@@ -466,18 +489,11 @@ unsafe impl Driver for CudaDevice {
     }
 
     fn host_call(&self, on: RawStream, run: Box<dyn FnOnce() + Send>) -> Result<()> {
-        unsafe extern "C" fn trampoline(data: *mut c_void) {
-            // SAFETY: the pointer below, which the driver hands over exactly once.
-            let run = unsafe { Box::from_raw(data.cast::<Box<dyn FnOnce() + Send>>()) };
-            // A panic must not cross into the driver.
-            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
-        }
         let data = Box::into_raw(Box::new(run));
-        // SAFETY: invariants 1 and 3.
+        // SAFETY: invariants 1 and 3; the driver hands `data`, which nobody else knows, to `run_once` once.
         let issued = self
-            .call("cuLaunchHostFunc", |api| unsafe { (api.host_call)(stream(on), trampoline, data.cast()) });
+            .call("cuLaunchHostFunc", |api| unsafe { (api.host_call)(stream(on), run_once, data.cast()) });
         if issued.is_err() {
-            // SAFETY: invariant 1.
             // SAFETY: the driver did not take it, so it is ours again.
             drop(unsafe { Box::from_raw(data) });
         }
@@ -489,6 +505,38 @@ unsafe impl Driver for CudaDevice {
         // SAFETY: invariants 1, 2 and 3.
         self.call("cuStreamIsCapturing", |api| unsafe { (api.is_capturing)(stream(raw), &mut state) })?;
         Ok(if state == 0 { Capture::None } else { Capture::Active })
+    }
+
+    fn capture_id(&self, raw: RawStream) -> Result<Option<u64>> {
+        self.capture_info(raw).map(|info| info.map(|(id, _)| id))
+    }
+
+    fn on_graph_end(&self, raw: RawStream, end: Box<dyn FnOnce() + Send>) -> Result<()> {
+        const NO_DESTRUCTOR_SYNC: u32 = 1;
+        const MOVE: u32 = 1;
+        let Some((_, graph)) = self.capture_info(raw)? else { return Ok(()) };
+        // The driver calls back where it must not be called: the end gets a thread of its own.
+        let end: Box<dyn FnOnce() + Send> = Box::new(move || _ = std::thread::spawn(end));
+        let data = Box::into_raw(Box::new(end));
+        let mut object = null_mut();
+        // SAFETY: invariants 1 and 2; the driver hands `data`, which nobody else knows, to `run_once` once.
+        let made = self.relaxed("cuUserObjectCreate", |api| unsafe {
+            (api.user_object_create)(&mut object, data.cast(), run_once, 1, NO_DESTRUCTOR_SYNC)
+        });
+        if let Err(error) = made {
+            // SAFETY: the driver did not take it, so it is ours again.
+            drop(unsafe { Box::from_raw(data) });
+            return Err(error);
+        }
+        // SAFETY: invariants 1 and 3; the graph takes over the only reference to the object.
+        let kept = self.relaxed("cuGraphRetainUserObject", |api| unsafe {
+            (api.graph_retain_object)(graph, object, 1, MOVE)
+        });
+        if kept.is_err() {
+            // SAFETY: invariants 1 and 3; the reference is ours still. This runs `end`.
+            self.relaxed("cuUserObjectRelease", |api| unsafe { (api.user_object_release)(object, 1) })?;
+        }
+        kept
     }
 
     fn begin_capture(&self, raw: RawStream) -> Result<()> {

@@ -424,6 +424,17 @@ unsafe impl Driver for SimDevice {
         })
     }
 
+    fn capture_id(&self, stream: RawStream) -> Result<Option<u64>> {
+        self.on(stream, "cuStreamGetCaptureInfo", costs::QUERY, |world, index| {
+            Ok(world.capturing(index).map(|recording| recording as u64))
+        })
+    }
+
+    fn on_graph_end(&self, stream: RawStream, end: Box<dyn FnOnce() + Send>) -> Result<()> {
+        let call = "cuGraphRetainUserObject";
+        self.on(stream, call, costs::EVENT, |world, index| world.on_graph_end(index, end, call))
+    }
+
     fn begin_capture(&self, stream: RawStream) -> Result<()> {
         let call = "cuStreamBeginCapture";
         self.on(stream, call, costs::LAUNCH, |world, index| world.begin_capture(index, call))

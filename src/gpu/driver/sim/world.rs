@@ -84,6 +84,10 @@ struct Recording {
     ops: Vec<Op>,
     invalid: bool,
     began: u64,
+    /// The last launch on each stream.
+    launches: Vec<(usize, u64)>,
+    /// To be told when the graph is gone.
+    ends: Vec<Box<dyn FnOnce() + Send>>,
 }
 
 pub(super) struct World {
@@ -424,7 +428,15 @@ impl World {
         }
         let began = self.detector.tick();
         let streams = vec![index];
-        self.recordings.push(Recording { origin: index, streams, ops: Vec::new(), invalid: false, began });
+        self.recordings.push(Recording {
+            origin: index,
+            streams,
+            ops: Vec::new(),
+            invalid: false,
+            began,
+            launches: Vec::new(),
+            ends: Vec::new(),
+        });
         self.streams[index].capture = Some(self.recordings.len() - 1);
         Ok(())
     }
@@ -438,9 +450,21 @@ impl World {
             self.streams[stream].capture = None;
         }
         if self.recordings[recording].invalid {
+            self.forget_graph(recording);
             return Err(Error::Cuda { code: code::CAPTURE_INVALIDATED, call });
         }
         Ok(recording)
+    }
+
+    pub(super) fn on_graph_end(
+        &mut self,
+        index: usize,
+        end: Box<dyn FnOnce() + Send>,
+        call: &'static str,
+    ) -> Result<()> {
+        let recording = self.streams[index].capture.ok_or(Error::Cuda { code: code::INVALID_VALUE, call })?;
+        self.recordings[recording].ends.push(end);
+        Ok(())
     }
 
     /// Replays a graph, in the order in which it was recorded.
@@ -450,12 +474,25 @@ impl World {
         for op in recording.ops.clone() {
             self.queue(index, op, Vec::new(), Some((graph, began)));
         }
+        let issued = self.streams[index].issued;
+        self.recordings[graph].launches.push((index, issued));
         Ok(())
     }
 
     pub(super) fn forget_graph(&mut self, graph: usize) {
         if let Some(recording) = self.recordings.get_mut(graph) {
             recording.ops = Vec::new();
+            let (launches, ends) =
+                (std::mem::take(&mut recording.launches), std::mem::take(&mut recording.ends));
+            if ends.is_empty() {
+                return;
+            }
+            // Who hears of the end hears of it after the last launch.
+            for (stream, seq) in launches {
+                self.run_to(stream, seq);
+                self.see(stream);
+            }
+            ends.into_iter().for_each(|end| _ = std::thread::spawn(end));
         }
     }
 
