@@ -496,3 +496,53 @@ fn branches_of_a_graph_do_not_share_what_they_free() {
     sim.run_all();
     clean(&gpu);
 }
+
+#[test]
+fn a_graph_launched_elsewhere_meets_no_work_from_before_its_capture() {
+    for seed in 0..20 {
+        let gpu = GpuDevice::simulated(SimConfig::default().seed(seed).eagerness(0).memory(1 << 30));
+        let sim = gpu.simulation().unwrap();
+        let (a, b) = (gpu.new_stream().unwrap(), gpu.new_stream().unwrap());
+        let pool = DevicePool::new(&gpu, PoolConfig::default_gpu().max_size(4 << 20)).unwrap();
+        pool.reserve(4 << 20).unwrap();
+        let before = pool.alloc_uninit::<u8>(1 << 20, &a).unwrap();
+        sim.launch(&a, 1000, &[Touch::write(before.as_device_ptr() as usize, 1 << 20)], |_| ()).unwrap();
+        let capture = a.begin_capture().unwrap();
+        drop(before);
+        let inside = pool.alloc_uninit::<u8>(1 << 20, &a).unwrap();
+        sim.launch(&a, 1000, &[Touch::write(inside.as_device_ptr() as usize, 1 << 20)], |_| ()).unwrap();
+        let graph = capture.end().unwrap();
+        graph.launch(&b).unwrap();
+        drop((graph, inside));
+        sim.run_all();
+        clean(&gpu);
+        // The block from before is everybody's once its work is over.
+        a.synchronize().unwrap();
+        pool.alloc_uninit::<u8>(4 << 20, &b).unwrap();
+        pool.check().unwrap();
+    }
+}
+
+#[test]
+fn what_a_graph_left_is_read_to_the_end() {
+    for seed in 0..20 {
+        let gpu = GpuDevice::simulated(SimConfig::default().seed(seed).eagerness(0).memory(1 << 30));
+        let sim = gpu.simulation().unwrap();
+        let (a, b) = (gpu.new_stream().unwrap(), gpu.new_stream().unwrap());
+        let pool = DevicePool::new(&gpu, PoolConfig::default_gpu().max_size(2 << 20)).unwrap();
+        pool.reserve(2 << 20).unwrap();
+        let capture = a.begin_capture().unwrap();
+        let output = pool.alloc_uninit::<u8>(1 << 20, &a).unwrap();
+        let touched = output.as_device_ptr() as usize;
+        sim.launch(&a, 1000, &[Touch::write(touched, 1 << 20)], |_| ()).unwrap();
+        let graph = capture.end().unwrap();
+        graph.launch(&a).unwrap();
+        a.synchronize().unwrap();
+        sim.launch(&a, 1000, &[Touch::read(touched, 1 << 20)], |_| ()).unwrap();
+        drop((output, graph));
+        let next = pool.alloc_uninit::<u8>(2 << 20, &b).unwrap();
+        sim.launch(&b, 1000, &[Touch::write(next.as_device_ptr() as usize, 2 << 20)], |_| ()).unwrap();
+        sim.run_all();
+        clean(&gpu);
+    }
+}

@@ -2,8 +2,8 @@
 //! every replay, so it must not meet other work.
 //!
 //! The caller says when it begins and ends to capture into a pool of graphs, and when the last graph of it is gone.
-//! Between, a captured stream is noticed when it first asks for memory, since the pool refuses it, and from then on has
-//! a memory of its own.
+//! Between, a captured stream is noticed when it first asks for memory, and from then on has a memory of its own, which
+//! all captures into that pool of graphs share. Where the caller says nothing, each graph has memory of its own.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -75,15 +75,20 @@ impl Captures {
         drop(gone);
     }
 
-    /// Gives a stream that is being captured its memory; false where it is not captured into a graph pool, or has it
-    /// already.
+    /// Whether anything is captured into a pool of graphs.
+    #[inline]
+    pub fn any(&self) -> bool {
+        self.active.load(Ordering::Acquire) != 0
+    }
+
+    /// Gives a stream that is being captured into a pool of graphs its memory, unless it has it already.
     #[cold]
-    pub fn adopt(&self, site: &Site, raw: usize) -> Result<bool, Fault> {
-        if self.active.load(Ordering::Acquire) == 0 || !site.streams.with(raw, Stream::is_capturing) {
-            return Ok(false);
+    pub fn adopt(&self, site: &Site, raw: usize) -> Result<(), Fault> {
+        if !site.streams.with(raw, Stream::is_capturing) {
+            return Ok(());
         }
         let mut state = self.state();
-        let Some(&of) = state.active.last() else { return Ok(false) };
+        let Some(&of) = state.active.last() else { return Ok(()) };
         let at = match state.private.iter().position(|private| (private.of, private.raw) == (of, raw)) {
             Some(at) => at,
             None => {
@@ -92,11 +97,10 @@ impl Captures {
             }
         };
         let private = &mut state.private[at];
-        if private.set {
-            return Ok(false);
+        if !private.set {
+            site.streams.with(raw, |stream| stream.set_graph_memory(Some(&private.memory)))?;
+            private.set = true;
         }
-        site.streams.with(raw, |stream| stream.set_graph_memory(Some(&private.memory)))?;
-        private.set = true;
-        Ok(true)
+        Ok(())
     }
 }

@@ -115,6 +115,9 @@ impl Site {
         if bytes == 0 {
             return Ok(null_mut());
         }
+        if self.captures.any() {
+            self.captures.adopt(self, raw)?;
+        }
         match self.streams.with(raw, |stream| self.pool.allocate_async(bytes, stream)) {
             Ok(block) => Ok(block.as_ptr()),
             Err(error) => self.take_slow(bytes, raw, error),
@@ -125,9 +128,6 @@ impl Site {
     /// still device frees, and what other pools of the process hold.
     #[cold]
     fn take_slow(&self, bytes: usize, raw: usize, error: Error) -> Result<*mut c_void, Fault> {
-        if matches!(error, Error::InvalidOperation(_)) && self.captures.adopt(self, raw)? {
-            return self.take(bytes, raw);
-        }
         if matches!(error, Error::OutOfMemory { .. }) && self.gpu.synchronize().is_ok() {
             self.free_loose();
             self.pool.trim(0)?;

@@ -172,7 +172,8 @@ impl fmt::Debug for Capture<'_> {
 ///
 /// It is not needed for safety: what is allocated while somebody else captures a borrowed stream is private to that
 /// graph in any case, until the driver tells that the graph is gone. While a stream has a memory
-/// ([`Stream::set_graph_memory`]), what is allocated on that stream is private to these graphs. Several captures, one after the other, may share it. It ends with its last handle, which waits for the device.
+/// ([`Stream::set_graph_memory`]), what is allocated on that stream is private to these graphs. Several captures, one
+/// after the other, may share it. It ends with its last handle, which waits for the device.
 ///
 /// ```
 /// use memory_pool::gpu::GraphMemory;

@@ -422,9 +422,16 @@ impl Core {
         self.zones[zone].carve(node, granules, ask.align, ask.lane)
     }
 
-    /// Frees a block on `lane` (`CLEAN`: the CPU used it, and nobody else does). Returns its size.
+    /// Frees a block on `lane` (`CLEAN`: the CPU used it, and nobody else does). `before` is the lane of a captured
+    /// stream outside of its capture. Returns the block's size.
     #[inline]
-    pub(super) fn free(&mut self, driver: &dyn Driver, ticket: Ticket, lane: u16) -> usize {
+    pub(super) fn free(
+        &mut self,
+        driver: &dyn Driver,
+        ticket: Ticket,
+        mut lane: u16,
+        before: Option<u16>,
+    ) -> usize {
         let (zone, node) = (ticket.zone(), ticket.node());
         let len = self.zones[zone].len(node);
         let was = self.zones[zone].tag(node);
@@ -432,14 +439,16 @@ impl Core {
         if was.batch & SHARED != 0 {
             users = self.shared.remove(&ticket).unwrap_or_default();
         }
-        // A block of a capture, or freed in one, stays with the graph that uses it: with the branch that frees it,
-        // or if that is no branch of the graph, with the one that had it, and with both graphs if there are two.
-        let mut lane = lane;
-        if self.order.is_capture(was.lane) && !self.order.same_capture(was.lane, lane) {
-            if self.order.is_capture(lane) {
+        // A graph runs when and where it is launched, which orders nothing with the rest of the stream's work. So a
+        // block that both use, or two graphs, waits for all of them.
+        let had = self.order.is_capture(was.lane);
+        if (had || self.order.is_capture(lane)) && !self.order.same_capture(was.lane, lane) {
+            users.extend(before.map(|before| (before, 0)));
+            if had {
                 users.push((lane, 0));
+                lane = was.lane;
             }
-            lane = was.lane;
+            users.retain(|&(user, _)| user != CLEAN);
         }
         let tag = if !users.is_empty() {
             users.retain(|&(user, _)| user != lane);

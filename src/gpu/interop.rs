@@ -65,8 +65,10 @@ impl<T> DeviceBuffer<T> {
     pub fn for_cuda(&mut self, stream: &Arc<CudaStream>) -> Result<CudaBuffer<'_, T>> {
         let ours = self.device().stream_from_cuda(stream)?;
         ours.wait_for(self.stream())?;
-        // Also if the binding is leaked, the memory is not reused before the stream's work is done.
-        self.record_stream(&ours)?;
+        if !ours.same(self.stream()) {
+            // Also if the binding is leaked, the memory is not reused before the stream's work is done.
+            self.record_stream(&ours)?;
+        }
         let address = self.as_device_ptr();
         Ok(CudaBuffer { buffer: self, stream: stream.clone(), ours, address })
     }

@@ -7,7 +7,8 @@
 //! Invariants
 //! 1. The slice inside a [`LentSlice`] is never dropped as a slice, and never moved out by others: they only borrow
 //!    it, and exclusively only as a view.
-//! 2. While it is lent, the buffer's block was recorded on the slice's stream, so that even a leaked slice is safe.
+//! 2. The slice's stream is the buffer's own or was recorded, and the buffer is freed only when the slice is at its
+//!    end; a leaked slice leaks the buffer.
 
 use core::fmt;
 use core::mem::ManuallyDrop;
@@ -44,7 +45,9 @@ impl<T> DeviceBuffer<T> {
     pub fn into_cuda(self, stream: &Arc<CudaStream>) -> Result<LentSlice<T>> {
         let ours = self.device().stream_from_cuda(stream)?;
         ours.wait_for(self.stream())?;
-        self.record_stream(&ours)?;
+        if !ours.same(self.stream()) {
+            self.record_stream(&ours)?;
+        }
         if stream.context().is_event_tracking() {
             // cudarc would panic where it cannot make its events.
             let made = stream.context().new_event(None);

@@ -108,9 +108,10 @@ impl Stream {
 
     /// Whether both are handles of one stream.
     pub fn same(&self, other: &Self) -> bool {
+        // While both handles live, so do their streams, and no two streams have one name.
         Arc::ptr_eq(&self.0, &other.0)
-            || (self.0.owner == Owner::Default
-                && other.0.owner == Owner::Default
+            || (self.0.raw == other.0.raw
+                && self.thread() == other.thread()
                 && self.0.device.same(&other.0.device))
     }
 
@@ -257,6 +258,10 @@ impl Stream {
     /// The capture that somebody else began on this stream. The driver tells when its graph is gone.
     fn foreign_session(&self) -> Result<Option<Arc<Session>>> {
         let device = &self.0.device;
+        // The cheaper question first: the answer is almost always no.
+        if device.0.driver.capture_state(self.0.raw)? == CaptureState::None {
+            return Ok(None);
+        }
         let Some(id) = device.0.driver.capture_id(self.0.raw)? else { return Ok(None) };
         let known = device.0.foreign.lock().get(&id).and_then(Weak::upgrade);
         if known.is_some() {

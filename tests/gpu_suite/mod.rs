@@ -110,8 +110,7 @@ pub fn forced_growth(gpu: &GpuDevice) {
     let config = PoolConfig::default_gpu().initial_size(2 << 20).max_size(256 << 20);
     let pool = DevicePool::new(gpu, config).unwrap();
     assert_eq!(pool.pool_size(), 2 << 20);
-    let held: Vec<Raw> =
-        (0..3).map(|_| pool.alloc_uninit(64 << 20, &stream).unwrap()).collect();
+    let held: Vec<Raw> = (0..3).map(|_| pool.alloc_uninit(64 << 20, &stream).unwrap()).collect();
     assert!(pool.pool_size() >= 192 << 20);
     let error = pool.alloc_uninit::<u8>(65 << 20, &stream).unwrap_err();
     assert!(error.to_string().contains("max_size = 268435456"), "{error}");

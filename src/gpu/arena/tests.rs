@@ -86,7 +86,7 @@ impl Books {
 
     fn free(&mut self, block: Placed) {
         let driver = self.gpu.0.driver.clone();
-        self.core.free(&*driver, block.ticket, CLEAN);
+        self.core.free(&*driver, block.ticket, CLEAN, None);
     }
 
     fn trim(&mut self, keep: usize) {

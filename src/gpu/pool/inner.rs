@@ -384,18 +384,19 @@ impl Inner {
         let driver = &*self.device.0.driver;
         let session = Self::session(stream);
         let mut core = self.core.lock();
+        let lanes = session.as_ref().map_err(|error| *error).and_then(|session| {
+            let lane = self.lane(&mut core, stream, session.as_ref())?;
+            let captured = stream.filter(|_| session.is_some());
+            Ok((lane, captured.map(|stream| core.lane_for(stream)).transpose()?))
+        });
         // No lane is to be had only while 4093 streams are in use: then the device is waited for instead.
-        let lane = match session
-            .as_ref()
-            .map_err(|error| *error)
-            .and_then(|session| self.lane(&mut core, stream, session.as_ref()))
-        {
-            Ok(lane) => lane,
-            Err(_) if driver.device_sync().is_ok() => CLEAN,
+        let (lane, before) = match lanes {
+            Ok(lanes) => lanes,
+            Err(_) if driver.device_sync().is_ok() => (CLEAN, None),
             // The context is lost; the block must not be reused.
             Err(_) => return,
         };
-        core.free(driver, ticket, lane);
+        core.free(driver, ticket, lane, before);
     }
 
     /// Grows a block where it is, into what its stream (or the CPU) may use; returns its size then.

@@ -334,7 +334,7 @@ impl Inner {
     fn give_clean(&self, ticket: Ticket) {
         let mut core = self.core.lock();
         core.unshare(ticket);
-        core.free(&*self.device.0.driver, ticket, CLEAN);
+        core.free(&*self.device.0.driver, ticket, CLEAN, None);
     }
 
     /// Frees a block that the layer gave back.
