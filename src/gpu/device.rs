@@ -19,6 +19,8 @@ use crate::base::sync::Lock;
 pub(super) trait Member: Send + Sync {
     /// The stream of this slot goes away; it can still be named.
     fn stream_closes(&self, slot: u32);
+    /// All work issued so far is about to be waited for.
+    fn device_waits(&self);
     /// The graph that this capture became is gone, and all work of it is complete.
     fn capture_ends(&self, id: u64);
     /// Memory is short on the device: give back what is idle. Returns the bytes given back.
@@ -234,8 +236,9 @@ impl GpuDevice {
         }
     }
 
-    /// Waits until all work on the device is done.
+    /// Waits until all work on the device is done. What was freed before is then idle, and may be trimmed.
     pub fn synchronize(&self) -> Result<()> {
+        self.0.each_member(|member| member.device_waits());
         self.0.driver.device_sync()
     }
 

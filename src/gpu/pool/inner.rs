@@ -517,8 +517,7 @@ impl Inner {
         let mut given = 0;
         {
             let mut core = self.core.lock();
-            core.seal_all(driver);
-            core.settle(driver);
+            self.settle_patiently(&mut core);
             core.unnest();
             core.clean_done();
         }
@@ -606,6 +605,10 @@ impl Inner {
 impl Member for Inner {
     fn stream_closes(&self, slot: u32) {
         self.core.lock().order.close(&*self.device.0.driver, slot);
+    }
+
+    fn device_waits(&self) {
+        self.core.lock().seal_all(&*self.device.0.driver);
     }
 
     fn capture_ends(&self, id: u64) {
