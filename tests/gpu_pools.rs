@@ -546,3 +546,24 @@ fn what_a_graph_left_is_read_to_the_end() {
         clean(&gpu);
     }
 }
+
+#[test]
+fn a_drained_pool_keeps_its_addresses() {
+    let gpu = GpuDevice::simulated(SimConfig::default().seed(26).memory(512 << 20));
+    let stream = gpu.new_stream().unwrap();
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    let mut first = None;
+    for round in 0..3 {
+        // As much as fills the addresses of small blocks.
+        let blocks: Vec<_> = (0..300).map(|_| pool.alloc_uninit::<u8>(512 << 10, &stream).unwrap()).collect();
+        let lowest = blocks.iter().map(|block| block.as_device_ptr()).min();
+        assert_eq!(*first.get_or_insert(lowest), lowest, "round {round}");
+        drop(blocks);
+        gpu.synchronize().unwrap();
+        pool.check().unwrap();
+        pool.trim(0).unwrap();
+        pool.check().unwrap();
+        assert_eq!(pool.pool_size(), 0, "waiting made everything idle");
+    }
+    clean(&gpu);
+}

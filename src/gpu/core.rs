@@ -259,6 +259,10 @@ impl Core {
     /// Takes idle segments of the small zones back into the large one; returns whether there were any.
     pub(super) fn unnest(&mut self) -> bool {
         let mut any = false;
+        if self.pieces.is_some() {
+            // There the small zone has addresses of its own.
+            return any;
+        }
         for zone in 0..LARGE {
             let order = &self.order;
             while let Some((start, len, tag)) =
