@@ -517,7 +517,8 @@ impl Inner {
         let mut given = 0;
         {
             let mut core = self.core.lock();
-            self.settle_patiently(&mut core);
+            core.seal_all(driver);
+            core.settle(driver);
             core.unnest();
             core.clean_done();
         }
