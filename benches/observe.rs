@@ -7,8 +7,8 @@ use std::ptr::NonNull;
 use std::time::Instant;
 
 use memory_pool::{
-    AnyPool, CpuPool, FixedPool, LocalFixedPool, LocalVariablePool, LockFreeFixedPool, MemoryPool, OnFinding,
-    PoolConfig, PoolManager, Result, SyncType, VariablePool,
+    AnyPool, CpuPool, DebugConfig, FixedPool, LocalFixedPool, LocalVariablePool, LockFreeFixedPool,
+    MemoryPool, OnFinding, PoolConfig, PoolManager, Result, SyncType, VariablePool,
 };
 
 const ROUNDS: usize = 41;
@@ -171,15 +171,41 @@ fn debugging(layout: Layout) -> Result<()> {
     Ok(())
 }
 
+/// What each part of the debug layer costs alone, on the fastest pool there is.
+fn parts(layout: Layout) -> Result<()> {
+    println!("\n{:<58} {:>8} {:>8}", "one part of the debug layer, LocalFixedPool", "plain", "with it");
+    let full = watched(PoolConfig::fixed_size_cpu(64)).debug;
+    let set: [(&str, fn(&mut DebugConfig, &DebugConfig)); 7] = [
+        ("leaks", |_, _| ()),
+        ("canary", |debug, full| debug.canary = full.canary),
+        ("fill", |debug, full| debug.fill = full.fill),
+        ("history", |debug, full| debug.history = full.history),
+        ("quarantine of 16 KiB", |debug, _| debug.quarantine = 16 << 10),
+        ("quarantine", |debug, full| debug.quarantine = full.quarantine),
+        ("all", |debug, full| *debug = *full),
+    ];
+    let plain = LocalFixedPool::new(PoolConfig::fixed_size_cpu(64))?;
+    for (name, change) in set {
+        let mut config = PoolConfig::fixed_size_cpu(64);
+        (config.debug.leaks, config.debug.on_finding) = (true, OnFinding::Collect);
+        change(&mut config.debug, &full);
+        let debug = LocalFixedPool::watched(config)?;
+        let [off, on] = medians(5_000, [pairs!(plain, layout), pairs!(debug, layout)]);
+        say(name, off, on);
+    }
+    Ok(())
+}
+
 fn main() -> Result<()> {
     let layout = Layout::new::<[u8; 64]>();
     // `cargo bench --bench observe interface` runs that part alone.
     let wanted = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
-    let parts: [(&str, &dyn Fn() -> Result<()>); 4] = [
+    let parts: [(&str, &dyn Fn() -> Result<()>); 5] = [
         ("statistics", &|| statistics(layout)),
         ("interface", &|| interface(layout)),
         ("look-ups", &look_ups),
         ("debugging", &|| debugging(layout)),
+        ("parts", &|| parts(layout)),
     ];
     parts
         .into_iter()

@@ -89,18 +89,30 @@ unsafe impl Reach for HostReach {
         // SAFETY: the caller's contract. A program that still writes there has the error we look for; for the
         // compiler nobody does.
         let bytes = unsafe { core::slice::from_raw_parts(at as *const u8, len) };
+        // Canaries first.
+        if (16..=32).contains(&len) { ends_hold::<16>(bytes, byte) } else { all_hold(bytes, byte) }
+    }
+}
+
+/// Whether all of `bytes` are `byte`, whatever their number.
+fn all_hold(bytes: &[u8], byte: u8) -> bool {
+    match bytes.len() {
+        0..16 => bytes.iter().all(|&found| found == byte),
+        16..=32 => ends_hold::<16>(bytes, byte),
+        33..=64 => ends_hold::<32>(bytes, byte),
         // The last chunk may overlap the one before, so that no bytes are left over.
-        if let (chunks, Some(last)) = (bytes.as_chunks::<64>().0, bytes.last_chunk::<64>()) {
-            return chunks.iter().all(|chunk| clean(chunk, byte)) && clean(last, byte);
-        }
-        match (bytes.first_chunk::<16>(), bytes.last_chunk::<16>()) {
-            (Some(first), Some(last)) if len <= 32 => clean(first, byte) && clean(last, byte),
-            (Some(_), Some(last)) => {
-                bytes.as_chunks::<16>().0.iter().all(|chunk| clean(chunk, byte)) && clean(last, byte)
-            }
-            _ => bytes.iter().all(|&found| found == byte),
+        _ => {
+            bytes.as_chunks::<64>().0.iter().all(|chunk| clean(chunk, byte))
+                && bytes.last_chunk::<64>().is_none_or(|last| clean(last, byte))
         }
     }
+}
+
+/// Whether the first and the last `N` of at least `N` bytes are `byte`.
+#[inline(always)]
+fn ends_hold<const N: usize>(bytes: &[u8], byte: u8) -> bool {
+    let ends = (bytes.first_chunk::<N>(), bytes.last_chunk::<N>());
+    matches!(ends, (Some(first), Some(last)) if clean(first, byte) && clean(last, byte))
 }
 
 /// Whether all of a chunk is `byte`, without a branch inside, which vectorises.

@@ -1,13 +1,13 @@
 //! The debug layer: canaries, fill patterns, a quarantine, guard pages, layouts, leaks, history, latency.
 //!
-//! A block goes through four states, each a list in [`Records`]:
+//! What [`Records`] knows of a block goes through three states:
 //!
 //! ```text
-//!   on_alloc → Live —on_free→ Held —checked→ Ripe —given to the engine→ Gone → forgotten
+//!   on_alloc → Live —on_free→ Held —checked, given to the engine→ Gone → forgotten
 //! ```
 //!
 //! Invariants:
-//! 1. A record is Live, Held or Ripe exactly as long as the engine counts its inner block as live. What the
+//! 1. A record is Live or Held exactly as long as the engine counts its inner block as live. What the
 //!    engine may reuse is Gone or forgotten.
 //! 2. The bytes around Live blocks hold `CANARY`, those of Held ones `FREED` (with `fill`), or cannot be
 //!    accessed (`fenced`). Whoever finds them otherwise reports that and restores them.
@@ -41,9 +41,6 @@ use crate::base::stats::Latency;
 use crate::base::sync::{Lock, LockGuard};
 use crate::engine::Block;
 
-/// Blocks remembered after they went back to the engine.
-const GONE_KEPT: usize = 4096;
-
 /// Records for which room is made ahead: as many threads may be between [`Observer::inflate`], which can
 /// refuse, and [`Observer::on_alloc`], which cannot.
 const ROOM_AHEAD: usize = 512;
@@ -76,7 +73,7 @@ pub(super) struct Books {
     pub(super) depot: Depot,
     history: History,
     operation: u64,
-    /// Inner bytes of Held and Ripe blocks.
+    /// Inner bytes of Held blocks.
     held_bytes: usize,
     /// Findings to act upon later (invariant 4).
     deferred: Vec<Finding>,
@@ -90,21 +87,12 @@ impl Books {
         Mark { operation: self.operation, thread: thread_number(), stack }
     }
 
-    fn held(&self) -> usize {
-        self.records.count(State::Held) + self.records.count(State::Ripe)
-    }
-
     /// The engine may reuse the block from now on; returns its inner address.
     #[inline]
     fn let_go(&mut self, id: Id) -> usize {
         let &Record { inner, inner_size, .. } = &self.records[id];
         self.held_bytes -= inner_size;
-        self.records.set_state(id, State::Gone);
-        if self.records.count(State::Gone) > GONE_KEPT
-            && let Some(oldest) = self.records.first(State::Gone)
-        {
-            self.records.remove(oldest);
-        }
+        self.records.let_go(id);
         inner
     }
 }
@@ -193,7 +181,7 @@ impl<R: Reach> DebugLayer<R> {
                 self.reach.fill(record.outer, record.size, FREED);
             }
         }
-        books.records.set_state(id, State::Held);
+        books.records.hold(id);
     }
 
     /// The user freed the block at `outer`, which goes back at once: its bytes may not be looked at now. Returns
@@ -225,19 +213,20 @@ impl<R: Reach> DebugLayer<R> {
     #[inline]
     fn is_overdue(&self, books: &Books) -> bool {
         books.held_bytes > self.config.quarantine
-            && books.records.count(State::Held) > usize::from(self.config.quarantine > 0)
+            && books.records.held() > usize::from(self.config.quarantine > 0)
     }
 
-    /// Takes one block out of the quarantine: its inner address, unless it was found damaged. Then it is Ripe,
-    /// and comes with the next call.
+    /// Takes one block out of the quarantine: its inner address, unless it was found damaged. Then it comes with
+    /// the next call.
+    #[inline]
     fn release(&self, books: &mut Books, all: bool, found: &mut Vec<Finding>) -> Option<usize> {
-        if let Some(ripe) = books.records.first(State::Ripe) {
-            return Some(books.let_go(ripe));
+        let id = books.records.first_held()?;
+        if books.records[id].checked {
+            return Some(books.let_go(id));
         }
         if !all && !self.is_overdue(books) {
             return None;
         }
-        let id = books.records.first(State::Held)?;
         if !self.untouched(&books.records[id]) {
             self.write_after_free(books, id, found);
         }
@@ -248,14 +237,34 @@ impl<R: Reach> DebugLayer<R> {
         if found.is_empty() {
             return Some(books.let_go(id));
         }
-        books.records.set_state(id, State::Ripe);
+        books.records[id].checked = true;
         None
     }
 
+    #[inline]
     fn note_overdue(&self, books: &Books) {
-        let overdue = books.records.count(State::Ripe) > 0 || self.is_overdue(books);
+        let checked = books.records.first_held().is_some_and(|id| books.records[id].checked);
+        let overdue = checked || self.is_overdue(books);
         if overdue != self.overdue.load(Ordering::Relaxed) {
             self.overdue.store(overdue, Ordering::Relaxed);
+        }
+    }
+
+    #[cold]
+    fn evict_slow(&self, all: bool) -> Option<usize> {
+        loop {
+            let mut found = Vec::new();
+            let mut books = self.books.lock();
+            let released = self.release(&mut books, all, &mut found);
+            self.note_overdue(&books);
+            if found.is_empty() {
+                return released;
+            }
+            if all {
+                books.deferred.append(&mut found);
+            } else {
+                self.act(books, found);
+            }
         }
     }
 
@@ -345,10 +354,6 @@ unsafe impl<R: Reach> Observer for DebugLayer<R> {
         let mut record = Record::new(outer, asked.size(), asked.align(), block.start, block.size);
         let mut books = self.books.lock();
         record.allocated = books.mark(stack.as_ref());
-        if let Some(stale) = books.records.find(outer) {
-            debug_assert_eq!(books.records[stale].state, State::Gone);
-            books.records.remove(stale);
-        }
         let (front, back) = (self.surround.front(&record), self.surround.back(&record));
         // SAFETY: parts of the inner block, which belongs to the caller alone.
         unsafe {
@@ -402,24 +407,9 @@ unsafe impl<R: Reach> Observer for DebugLayer<R> {
         released
     }
 
+    #[inline]
     fn evict(&self, all: bool) -> Option<usize> {
-        if !self.tracks || !all && !self.overdue.load(Ordering::Relaxed) {
-            return None;
-        }
-        loop {
-            let mut found = Vec::new();
-            let mut books = self.books.lock();
-            let released = self.release(&mut books, all, &mut found);
-            self.note_overdue(&books);
-            if found.is_empty() {
-                return released;
-            }
-            if all {
-                books.deferred.append(&mut found);
-            } else {
-                self.act(books, found);
-            }
-        }
+        if all || self.overdue.load(Ordering::Relaxed) { self.evict_slow(all) } else { None }
     }
 
     fn in_place(&self) -> bool {
@@ -438,14 +428,14 @@ unsafe impl<R: Reach> Observer for DebugLayer<R> {
     fn live(&self) -> Option<Vec<ActiveAllocation>> {
         self.tracks.then(|| {
             let books = self.books.lock();
-            let live = books.records.iter(State::Live).map(|id| &books.records[id]);
+            let live = books.records.iter(State::Live);
             live.map(|record| ActiveAllocation::new(record.outer, record.size)).collect()
         })
     }
 
     fn held(&self) -> (usize, usize) {
         let books = self.books.lock();
-        (books.held(), books.held_bytes)
+        (books.records.held(), books.held_bytes)
     }
 
     fn on_grow(&self, bytes: usize) {
@@ -533,8 +523,8 @@ impl<R: Reach> fmt::Debug for DebugLayer<R> {
         let books = self.books.lock();
         f.debug_struct("DebugLayer")
             .field("config", &self.config)
-            .field("live", &books.records.count(State::Live))
-            .field("held", &books.held())
+            .field("live", &books.records.live())
+            .field("held", &books.records.held())
             .field("findings", &self.log.total())
             .finish_non_exhaustive()
     }

@@ -16,10 +16,9 @@ struct Entry {
 
 #[derive(Debug)]
 pub(super) struct History {
-    /// The oldest entry is at `next` once the ring is full.
+    /// The oldest entry is at `next`. Operations have numbers from 1 on; an entry of number 0 is none.
     ring: Table<Entry>,
     next: usize,
-    limit: usize,
 }
 
 impl History {
@@ -30,27 +29,25 @@ impl History {
         if !make_room(&mut ring, limit) {
             return Err(Error::oom(bytes, OomReason::Source));
         }
-        Ok(Self { ring, next: 0, limit })
+        let none = Entry { mark: Mark::default(), kind: OperationKind::Reset, address: 0, size: 0 };
+        ring.resize(limit, none);
+        Ok(Self { ring, next: 0 })
     }
 
     #[inline]
     pub(super) fn push(&mut self, mark: Mark, kind: OperationKind, address: usize, size: usize) {
-        if self.limit == 0 {
-            return;
-        }
-        let entry = Entry { mark, kind, address, size };
-        if self.ring.len() < self.limit {
-            self.ring.push(entry);
-        } else {
-            self.ring[self.next] = entry;
-            self.next = if self.next + 1 == self.limit { 0 } else { self.next + 1 };
+        let Some(entry) = self.ring.get_mut(self.next) else { return };
+        *entry = Entry { mark, kind, address, size };
+        self.next += 1;
+        if self.next == self.ring.len() {
+            self.next = 0;
         }
     }
 
     /// The entries, oldest first.
     pub(super) fn list(&self, depot: &Depot) -> Vec<Operation> {
         let (newer, older) = self.ring.split_at(self.next);
-        let entries = older.iter().chain(newer);
+        let entries = older.iter().chain(newer).filter(|entry| entry.mark.operation > 0);
         entries
             .map(|&Entry { mark, kind, address, size }| Operation {
                 number: mark.operation,

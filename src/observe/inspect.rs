@@ -121,10 +121,8 @@ impl<R: Reach> DebugLayer<R> {
             Some(id) => books.about(FindingKind::DoubleFree, &books.records[id], Some(mark)),
             None => {
                 let holds = |record: &Record| (record.outer..record.outer + record.size).contains(&outer);
-                let around = books.records.iter(State::Live).find(|&id| holds(&books.records[id]));
-                match around {
-                    Some(id) => {
-                        let record = &books.records[id];
+                match books.records.iter(State::Live).find(|record| holds(record)) {
+                    Some(record) => {
                         let mut finding = books.about(FindingKind::InteriorFree, record, Some(mark));
                         finding.offset = (outer - record.outer) as isize;
                         finding
@@ -144,12 +142,11 @@ impl<R: Reach> DebugLayer<R> {
     pub(super) fn find_damage(&self, mark: Option<Mark>) -> Vec<Finding> {
         let mut found = Vec::new();
         let books = self.books.lock();
-        for id in books.records.iter(State::Live) {
-            self.canaries(&books, &books.records[id], mark, &mut found);
+        for record in books.records.iter(State::Live) {
+            self.canaries(&books, record, mark, &mut found);
         }
         if self.config.fill {
-            for id in books.records.iter(State::Held).filter(|&id| !books.records[id].fenced) {
-                let record = &books.records[id];
+            for record in books.records.iter(State::Held).filter(|record| !record.fenced) {
                 let bytes = record.outer..record.outer + record.size;
                 found.extend(self.look(&books, record, FindingKind::WriteAfterFree, bytes, FREED, mark));
             }
@@ -157,20 +154,21 @@ impl<R: Reach> DebugLayer<R> {
         found
     }
 
-    /// Every live block, as a leak.
+    /// Every live block, as a leak, in the order of allocation.
     pub(super) fn list_live(&self) -> Vec<Finding> {
         let books = self.books.lock();
-        let live = books.records.iter(State::Live);
-        live.map(|id| books.about(FindingKind::Leak, &books.records[id], None)).collect()
+        let mut live: Vec<_> = books.records.iter(State::Live).collect();
+        live.sort_unstable_by_key(|record| record.allocated.operation);
+        live.into_iter().map(|record| books.about(FindingKind::Leak, record, None)).collect()
     }
 
     /// Makes all pages accessible again: the memory goes elsewhere.
     pub(super) fn open_all(&self, books: &Books) {
         if self.surround.has_pages() {
-            for state in [State::Live, State::Held, State::Ripe] {
-                for id in books.records.iter(state).filter(|&id| books.records[id].fenced) {
+            for state in [State::Live, State::Held] {
+                for record in books.records.iter(state).filter(|record| record.fenced) {
                     // SAFETY: the engine still counts the block as live, so it is nobody else's.
-                    unsafe { self.surround.unfence(&books.records[id]) };
+                    unsafe { self.surround.unfence(record) };
                 }
             }
         }

@@ -52,7 +52,7 @@ impl Surround {
     pub(super) fn outer(&self, inner: usize, asked: Layout) -> usize {
         let align = asked.align().max(self.align);
         if self.page == 0 {
-            return inner + self.canary.next_multiple_of(align);
+            return inner + round_down(self.canary + align - 1, align);
         }
         // At least `inner + lead`, which is a multiple of the alignment.
         round_down(inner + self.end(asked.size(), align) - asked.size(), align)
