@@ -7,8 +7,8 @@ use std::ptr::NonNull;
 use std::time::Instant;
 
 use memory_pool::{
-    AnyPool, CpuPool, DebugConfig, FixedPool, LocalFixedPool, LocalVariablePool, LockFreeFixedPool,
-    MemoryPool, OnFinding, PoolConfig, PoolManager, Result, SyncType, VariablePool,
+    AnyPool, CpuPool, FixedPool, LocalFixedPool, LocalVariablePool, LockFreeFixedPool, MemoryPool, OnFinding,
+    PoolConfig, PoolManager, Result, SyncType, VariablePool,
 };
 
 const ROUNDS: usize = 41;
@@ -175,20 +175,25 @@ fn debugging(layout: Layout) -> Result<()> {
 fn parts(layout: Layout) -> Result<()> {
     println!("\n{:<58} {:>8} {:>8}", "one part of the debug layer, LocalFixedPool", "plain", "with it");
     let full = watched(PoolConfig::fixed_size_cpu(64)).debug;
-    let set: [(&str, fn(&mut DebugConfig, &DebugConfig)); 7] = [
-        ("leaks", |_, _| ()),
-        ("canary", |debug, full| debug.canary = full.canary),
-        ("fill", |debug, full| debug.fill = full.fill),
-        ("history", |debug, full| debug.history = full.history),
-        ("quarantine of 16 KiB", |debug, _| debug.quarantine = 16 << 10),
-        ("quarantine", |debug, full| debug.quarantine = full.quarantine),
-        ("all", |debug, full| *debug = *full),
-    ];
+    let mut leaks = PoolConfig::default_cpu().debug;
+    (leaks.leaks, leaks.on_finding) = (true, OnFinding::Collect);
+    let [mut canary, mut fill, mut history, mut short, mut quarantine] = [leaks; 5];
+    canary.canary = full.canary;
+    fill.fill = full.fill;
+    history.history = full.history;
+    short.quarantine = 16 << 10;
+    quarantine.quarantine = full.quarantine;
     let plain = LocalFixedPool::new(PoolConfig::fixed_size_cpu(64))?;
-    for (name, change) in set {
-        let mut config = PoolConfig::fixed_size_cpu(64);
-        (config.debug.leaks, config.debug.on_finding) = (true, OnFinding::Collect);
-        change(&mut config.debug, &full);
+    for (name, debug) in [
+        ("leaks", leaks),
+        ("canary", canary),
+        ("fill", fill),
+        ("history", history),
+        ("quarantine of 16 KiB", short),
+        ("quarantine", quarantine),
+        ("all", full),
+    ] {
+        let config = PoolConfig::fixed_size_cpu(64).debug(debug);
         let debug = LocalFixedPool::watched(config)?;
         let [off, on] = medians(5_000, [pairs!(plain, layout), pairs!(debug, layout)]);
         say(name, off, on);

@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use allocator_api2::vec::Vec as PoolVec;
 use memory_pool::{
-    AllocFlags, AllocatorType, AnyPool, CpuPool, DevicePool, Durability, Error, FixedPool, GpuDevice,
-    LockFreeFixedPool, Managed, ManagedPool, MemoryPool, OnFinding, PersistentConfig, PersistentPool,
-    PinnedPool, PoolBox, PoolConfig, PoolManager, Result, SimConfig, Strategy, SyncType, VariablePool,
+    AllocFlags, AllocatorType, AnyPool, CpuPool, DevicePool, Durability, Error, FindingKind, FixedPool,
+    GpuDevice, LockFreeFixedPool, Managed, ManagedPool, MemoryPool, OnFinding, PersistentConfig,
+    PersistentPool, PinnedPool, PoolBox, PoolConfig, PoolManager, Result, SimConfig, Strategy, SyncType,
+    VariablePool,
     base::error::{PointerFault, Refusal},
     source::slice::Slice,
 };
@@ -294,6 +295,52 @@ fn totals_count_memory_of_a_pool_inside_another_once() -> Result<()> {
         assert_eq!(manager.all_stats().total.reserved, outside.reserved + apart.stats().reserved);
         // SAFETY: as above; the inner pool has given its memory back.
         unsafe { outer.deallocate(arena.cast()) };
+    }
+    Ok(())
+}
+
+/// Plants each bug in a pool that the manager made, and returns what was found.
+fn planted(manager: &PoolManager, config: PoolConfig) -> Result<Vec<FindingKind>> {
+    manager.create_cpu_pool("watched", config)?;
+    let pool = manager.cpu_pool("watched")?;
+    let log = pool.diagnostics().expect("debugging is on").log();
+    let layout = Layout::new::<[u8; 24]>();
+    let mut elsewhere = 0u64;
+    // SAFETY: what is written lies in the blocks, their canaries or the quarantine; the layer is to refuse the wrong
+    // frees.
+    unsafe {
+        for offset in [24, -1] {
+            let block = pool.allocate(layout)?.cast::<u8>();
+            block.offset(offset).write(0x41);
+            pool.deallocate(block);
+        }
+        let block = pool.allocate(layout)?.cast::<u8>();
+        pool.deallocate(block);
+        block.write(1);
+        assert_eq!(manager.check_all(), 1, "the write to what was freed");
+        pool.deallocate(block);
+        pool.deallocate(NonNull::from(&mut elsewhere).cast());
+        memory_pool::HostPool::give_back(&pool, pool.allocate(layout)?.cast(), Layout::new::<[u8; 16]>());
+    }
+    pool.allocate(layout)?;
+    drop(pool);
+    assert_eq!(refusal(manager.destroy_pool("watched").unwrap_err()), Refusal::StillLive(1));
+    let findings = log.findings();
+    assert!(findings.iter().all(|finding| finding.allocated.is_some() || finding.found.is_some()));
+    Ok(findings.iter().map(|finding| finding.kind).collect())
+}
+
+#[test]
+fn planted_bugs_are_found_in_every_kind_of_pool_that_a_manager_makes() -> Result<()> {
+    for config in host_configs() {
+        let manager = PoolManager::new();
+        let name = format!("{:?} {:?}", config.allocator_type, config.sync_type);
+        let mut debug = PoolConfig::debug_cpu().debug;
+        debug.on_finding = OnFinding::Collect;
+        let found = planted(&manager, config.debug(debug))?;
+        use FindingKind::{DoubleFree, ForeignFree, Overflow, Underflow, WriteAfterFree, WrongLayout};
+        let expected = [Overflow, Underflow, WriteAfterFree, DoubleFree, ForeignFree, WrongLayout];
+        assert_eq!(found, expected, "{name}");
     }
     Ok(())
 }
