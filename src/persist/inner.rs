@@ -1,7 +1,7 @@
 //! What the handles of one open pool share.
 //!
 //! Locks, in the order in which a thread may take them: object locks ([`Locks`]), the journal's group, the
-//! gate, the heap, the names. The gate is held shared by readers and exclusively while a record is applied.
+//! [`Gate`] with the index behind it, the names. Readers are inside the gate, and who applies a record is alone.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -10,6 +10,7 @@ use std::sync::{Mutex, RwLock};
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::format::{CHUNK, Counter, Header, internal};
+use super::gate::Gate;
 use super::heap::Heap;
 use super::journal::{Journal, Overflow};
 use super::locks::Locks;
@@ -18,7 +19,6 @@ use super::table::{Mark, Object, Table};
 use crate::base::config::PoolConfig;
 use crate::base::error::{Error, PointerFault, Refusal, Result};
 use crate::base::stats::MemoryStats;
-use crate::base::sync::Lock;
 
 /// What one transaction adds to the counters.
 #[derive(Clone, Copy, Debug, Default)]
@@ -61,10 +61,9 @@ impl core::ops::DerefMut for Books {
 pub(crate) struct Inner {
     pub(crate) media: Media,
     pub(crate) table: Table,
-    pub(crate) heap: Lock<Books>,
+    pub(crate) heap: Gate<Books>,
     pub(crate) journal: Journal,
     pub(crate) locks: Locks,
-    pub(crate) gate: RwLock<()>,
     pub(crate) header: Mutex<Header>,
     pub(crate) identity: u64,
     pub(crate) durability: Durability,
@@ -107,9 +106,8 @@ impl Inner {
             identity: header.identity,
             name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             header: Mutex::new(header),
-            heap: Lock::new(books),
+            heap: Gate::new(books),
             locks: Locks::default(),
-            gate: RwLock::new(()),
             names: RwLock::new(names),
             tracking: AtomicBool::new(true),
             destroyed: AtomicBool::new(false),

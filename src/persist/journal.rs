@@ -19,13 +19,16 @@
 //!    that can still be replayed writes to it. Under power that data and the record become durable in one
 //!    sync, in any order, so the record carries checksums of the data; it counts only if they hold. Once a
 //!    record of a later group exists that sync was complete, and they are not looked at any more.
-//! 3. Nothing of a record is applied before the record is safe, and then all of it under the exclusive gate.
+//! 3. Nothing of a record is applied before the record is safe, and then all of it alone at the gate.
 
-use std::sync::{Condvar, Mutex, MutexGuard, RwLock};
+use std::sync::{Condvar, Mutex, MutexGuard};
 
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::format::{BITMAP_WORDS, Checksum, Header, LANE_HEADER, LANE_SIZE};
+use super::gate::Gate;
+use super::inner::Books;
+use super::locks::TxId;
 use super::media::Media;
 use super::recover::Words;
 use crate::base::error::{Error, Refusal, Result};
@@ -54,17 +57,17 @@ pub(crate) enum Op<'a> {
 const CHECKED: u64 = 1 << 30;
 
 impl Ops {
+    /// `words` are kind, place and operands.
     #[inline]
-    fn push<const N: usize>(&mut self, kind: u64, at: u64, operands: [u64; N]) {
+    fn push<const N: usize>(&mut self, words: [u64; N]) {
         self.count += 1;
         self.last = self.words.len();
-        self.words.reserve(2 + N);
-        self.words.extend_from_slice(&[kind, at]);
-        self.words.extend_from_slice(&operands);
+        self.words.extend_from_slice(&words);
     }
 
+    #[inline]
     pub(crate) fn set(&mut self, at: u64, value: u64) {
-        self.push(1, at, [value]);
+        self.push([1, at, value]);
     }
 
     #[inline]
@@ -82,15 +85,18 @@ impl Ops {
     fn bits(&mut self, kind: u64, at: u64, mask: u64) {
         match self.words.get_mut(self.last..) {
             Some([last, place, bits]) if (*last, *place) == (kind, at) => *bits |= mask,
-            _ => self.push(kind, at, [mask]),
+            _ => self.push([kind, at, mask]),
         }
     }
 
+    #[inline]
     pub(crate) fn write(&mut self, at: u64, words: &[u64]) {
+        let kind = 4 | (words.len() as u64 * 8) << 32;
         match *words {
             [value] => self.set(at, value),
+            [first, second] => self.push([kind, at, first, second]),
             _ => {
-                self.push(4 | (words.len() as u64 * 8) << 32, at, []);
+                self.push([kind, at]);
                 self.words.extend_from_slice(words);
             }
         }
@@ -98,14 +104,14 @@ impl Ops {
 
     /// Sets a table entry, and clears the bitmap with it, unless it is set already.
     pub(crate) fn entry(&mut self, at: u64, bitmap: u64, word: u64, fingerprint: u64) {
-        self.push(5, at, [bitmap, word, fingerprint]);
+        self.push([5, at, bitmap, word, fingerprint]);
     }
 
     /// Makes the record depend on words that were written in place.
     pub(crate) fn check(&mut self, media: &Media, mut at: u64, mut len: u64) {
         while len > 0 {
             let piece = len.min(CHECKED);
-            self.push(6 | piece << 32, at, [sum_of(media, at, piece)]);
+            self.push([6 | piece << 32, at, sum_of(media, at, piece)]);
             (at, len) = (at + piece, len - piece);
         }
     }
@@ -172,40 +178,64 @@ pub(crate) fn parse(mut body: &[u64]) -> impl Iterator<Item = Option<Op<'_>>> {
 ///
 /// # Safety
 /// Nobody else reads through references, or writes, what they change.
+#[inline]
 pub(crate) unsafe fn apply(media: &Media, body: &[u64]) {
-    for op in parse(body).flatten() {
+    let mut rest = body;
+    while let [kind, at, operands @ ..] = rest {
         // SAFETY: the caller's contract.
-        unsafe {
-            match op {
-                Op::Set { at, value } => {
-                    media.store(at, value);
-                    media.flush(at, 8);
-                }
-                Op::SetBits { at, mask } => {
-                    media.set_bits(at, mask);
-                    media.flush(at, 8);
-                }
-                Op::ClearBits { at, mask } => {
-                    media.clear_bits(at, mask);
-                    media.flush(at, 8);
-                }
-                Op::Write { at, words } => {
-                    media.store_words(at, words);
-                    media.flush(at, words.len() * 8);
-                }
-                Op::Check { .. } => {}
-                Op::Entry { at, bitmap, word, fingerprint } => {
-                    if (media.load(at), media.load(at + 8)) != (word, fingerprint) {
-                        media.store_words(bitmap, &[0; BITMAP_WORDS]);
-                        media.store(at + 8, fingerprint);
-                        media.store(at, word);
-                        media.flush(bitmap, BITMAP_WORDS * 8);
-                        media.flush(at, 16);
-                    }
-                }
-            }
-        }
+        let taken = unsafe { apply_one(media, *kind, *at, operands) };
+        rest = &operands[taken..];
     }
+}
+
+/// Applies one operation; returns the number of its operands.
+///
+/// # Safety
+/// As for [`apply`].
+#[inline(always)]
+unsafe fn apply_one(media: &Media, kind: u64, at: u64, operands: &[u64]) -> usize {
+    if let (1..=3, [operand, ..]) = (kind, operands) {
+        let value = match kind {
+            1 => *operand,
+            2 => media.load(at) | operand,
+            _ => media.load(at) & !operand,
+        };
+        // SAFETY: the caller's contract.
+        unsafe { media.store(at, value) };
+        media.flush(at, 8);
+        return 1;
+    }
+    let words = (kind >> 35) as usize;
+    if kind as u32 == 4 {
+        // SAFETY: the caller's contract.
+        unsafe { media.store_words(at, &operands[..words]) };
+        media.flush(at, words * 8);
+        return words;
+    }
+    if let (5, &[bitmap, word, fingerprint, ..]) = (kind, operands) {
+        // SAFETY: the caller's contract.
+        unsafe { apply_entry(media, at, bitmap, [word, fingerprint]) };
+        return 3;
+    }
+    // A check changes nothing.
+    1
+}
+
+/// # Safety
+/// As for [`apply`].
+#[cold]
+unsafe fn apply_entry(media: &Media, at: u64, bitmap: u64, entry: [u64; 2]) {
+    if media.load_pair(at) == entry {
+        return;
+    }
+    // SAFETY: the caller's contract.
+    unsafe {
+        media.store_words(bitmap, &[0; BITMAP_WORDS]);
+        media.store(at + 8, entry[1]);
+        media.store(at, entry[0]);
+    }
+    media.flush(bitmap, BITMAP_WORDS * 8);
+    media.flush(at, 16);
 }
 
 /// The checksum of `len` bytes at `at`, both multiples of 8.
@@ -237,6 +267,7 @@ pub(crate) fn header_sum(identity: u64, lane: u32, words: &[u64; 6]) -> u64 {
 #[derive(Debug)]
 struct Lane {
     at: u64,
+    /// Of a shared lane: somebody has claimed it.
     busy: AtomicBool,
     sequence: AtomicU64,
 }
@@ -279,6 +310,8 @@ pub(crate) enum Safe {
 pub(crate) struct Journal {
     identity: u64,
     lanes: Box<[Lane]>,
+    /// Of these, under process crash and DAX, each belongs to the transactions of one number, counted from 1.
+    owned: u32,
     group: Mutex<Group>,
     wake: Condvar,
 }
@@ -296,6 +329,7 @@ impl Journal {
         Self {
             identity: header.identity,
             lanes: (0..header.lanes).map(lane).collect(),
+            owned: header.lanes - header.lanes.div_ceil(8),
             group: Mutex::new(Group {
                 sequence: 1,
                 free: (0..header.lanes).rev().collect(),
@@ -314,14 +348,14 @@ impl Journal {
     /// Writes a record under process crash or DAX; when it returns, the record is safe. [`Safe::None`] where
     /// the operations need none.
     #[inline]
-    pub(crate) fn write(&self, media: &Media, overflow: &dyn Overflow, ops: &Ops) -> Result<Safe> {
+    pub(crate) fn write(&self, media: &Media, overflow: &dyn Overflow, id: TxId, ops: &Ops) -> Result<Safe> {
         media.check_usable()?;
         // What was written in place comes before what makes it reachable.
         media.fence();
         if ops.is_one_word() {
             return Ok(Safe::None);
         }
-        let number = self.claim();
+        let number = self.claim(id);
         let lane = &self.lanes[number as usize];
         match self.write_body(media, lane, overflow, &ops.words) {
             Ok((body_sum, block)) => {
@@ -333,7 +367,7 @@ impl Journal {
                 Ok(Safe::Lane { number, block })
             }
             Err(error) => {
-                lane.busy.store(false, Ordering::Release);
+                self.unclaim(number);
                 Err(error)
             }
         }
@@ -345,23 +379,26 @@ impl Journal {
         media.fence();
         let Safe::Lane { number, block } = *record else { return None };
         let lane = &self.lanes[number as usize];
-        // SAFETY: the lane is ours while busy.
+        // SAFETY: the lane is ours until unclaimed.
         unsafe { media.store(lane.at + 8, 0) };
         media.flush(lane.at, 16);
         media.fence();
-        lane.busy.store(false, Ordering::Release);
+        self.unclaim(number);
         (block != 0).then_some(block)
     }
 
-    /// A lane for this thread alone.
-    fn claim(&self) -> u32 {
-        static THREADS: AtomicU32 = AtomicU32::new(0);
-        thread_local!(static FIRST: u32 = THREADS.fetch_add(1, Ordering::Relaxed));
-        let count = self.lanes.len() as u32;
-        let first = FIRST.with(|first| *first);
+    /// A lane for this transaction alone: numbers are small and no two that are open have the same, so the first
+    /// ones have lanes of their own.
+    #[inline]
+    fn claim(&self, id: TxId) -> u32 {
+        if id <= self.owned { id - 1 } else { self.claim_shared() }
+    }
+
+    /// One of the lanes behind those.
+    #[cold]
+    fn claim_shared(&self) -> u32 {
         loop {
-            for i in 0..count {
-                let number = first.wrapping_add(i) % count;
+            for number in self.owned..self.lanes.len() as u32 {
                 let busy = &self.lanes[number as usize].busy;
                 if !busy.load(Ordering::Relaxed) && !busy.swap(true, Ordering::Acquire) {
                     return number;
@@ -371,7 +408,15 @@ impl Journal {
         }
     }
 
+    #[inline]
+    fn unclaim(&self, number: u32) {
+        if number >= self.owned {
+            self.lanes[number as usize].busy.store(false, Ordering::Release);
+        }
+    }
+
     /// Writes a body into the lane or a block; returns its checksum and the block.
+    #[inline]
     fn write_body(
         &self,
         media: &Media,
@@ -382,14 +427,14 @@ impl Journal {
         let bytes = body.len() * 8;
         let block = if bytes as u64 <= LANE_SIZE - LANE_HEADER { 0 } else { overflow.reserve(bytes)? };
         let at = if block == 0 { lane.at + LANE_HEADER } else { block };
-        let mut sum = Checksum::new(self.identity);
         // SAFETY: the lane or block is ours alone.
-        unsafe { media.store_words_and(at, body, |word| sum = sum.add(word)) };
+        unsafe { media.store_words(at, body) };
         media.flush(at, bytes);
-        Ok((sum.finish(), block))
+        Ok((Checksum::of(self.identity, body), block))
     }
 
     /// Completes the record.
+    #[inline]
     fn write_header(&self, media: &Media, number: u32, words: [u64; 6]) {
         let [sequence, settled, body_sum, bytes, block, group] = words;
         let sum = header_sum(self.identity, number, &words);
@@ -412,11 +457,11 @@ impl Journal {
     ///
     /// # Safety
     /// The operations lie in the file, and what they change is locked by the caller, so that only readers
-    /// who hold the gate look at it.
+    /// inside the gate look at it.
     pub(crate) unsafe fn commit(
         &self,
         media: &Media,
-        gate: &RwLock<()>,
+        gate: &Gate<Books>,
         overflow: &dyn Overflow,
         ops: &mut Ops,
     ) -> Result<()> {
@@ -460,7 +505,7 @@ impl Journal {
         &'a self,
         mut group: MutexGuard<'a, Group>,
         media: &Media,
-        gate: &RwLock<()>,
+        gate: &Gate<Books>,
         overflow: &dyn Overflow,
     ) -> MutexGuard<'a, Group> {
         group.leading = true;
@@ -476,13 +521,13 @@ impl Journal {
         }
         let synced = media.sync();
         if synced.is_ok() {
-            let entered = enter(gate);
+            let alone = gate.alone();
             for record in &batch {
                 // SAFETY: every committer of the batch locked what its record changes and waits for us; the
                 // gate keeps readers out.
                 unsafe { apply(media, &record.body) };
             }
-            drop(entered);
+            drop(alone);
         }
         let mut group = self.lock();
         group.leading = false;
@@ -526,11 +571,6 @@ impl Journal {
     }
 }
 
-/// Keeps readers out.
-pub(crate) fn enter(gate: &RwLock<()>) -> std::sync::RwLockWriteGuard<'_, ()> {
-    gate.write().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
 /// The error of a transaction that would wait for itself.
 #[cold]
 pub(crate) fn conflict() -> Error {
@@ -549,7 +589,7 @@ mod tests {
         ops.clear_bits(24, 3);
         ops.write(32, &[4, 5, 6]);
         ops.entry(64, 72, 7, 8);
-        ops.push(6 | 16 << 32, 80, [9]);
+        ops.push([6 | 16 << 32, 80, 9]);
         let all: Vec<_> = parse(&ops.words).collect();
         assert_eq!(all.len(), ops.count);
         assert_eq!(all[3], Some(Op::Write { at: 32, words: &[4, 5, 6] }));

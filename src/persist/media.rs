@@ -270,7 +270,7 @@ impl Media {
     }
 
     /// The place of `len` bytes at `offset`, which lie in the file; panics where they do not.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn at(&self, offset: u64, len: usize) -> NonNull<u8> {
         let held = self.len.load(Ordering::Relaxed);
         if len > held || offset as usize > held - len {
@@ -281,7 +281,7 @@ impl Media {
     }
 
     /// The words at `offset`.
-    #[inline]
+    #[inline(always)]
     fn words<const N: usize>(&self, offset: u64) -> &[AtomicU64; N] {
         if !offset.is_multiple_of(8) {
             outside(offset, N * 8);
@@ -292,13 +292,13 @@ impl Media {
     }
 
     /// The word at `offset`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn load(&self, offset: u64) -> u64 {
         self.words::<1>(offset)[0].load(Ordering::Relaxed)
     }
 
     /// The two words at `offset`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn load_pair(&self, offset: u64) -> [u64; 2] {
         let [first, second] = self.words::<2>(offset);
         [first.load(Ordering::Relaxed), second.load(Ordering::Relaxed)]
@@ -308,7 +308,7 @@ impl Media {
     ///
     /// # Safety
     /// Nobody holds a reference to it, and nobody else writes it now.
-    #[inline]
+    #[inline(always)]
     pub(crate) unsafe fn store(&self, offset: u64, value: u64) {
         self.words::<1>(offset)[0].store(value, Ordering::Release);
         #[cfg(test)]
@@ -319,7 +319,7 @@ impl Media {
     ///
     /// # Safety
     /// As for [`store`](Self::store).
-    #[inline]
+    #[inline(always)]
     pub(crate) unsafe fn set_bits(&self, offset: u64, mask: u64) {
         // SAFETY: the caller's contract.
         unsafe { self.store(offset, self.load(offset) | mask) };
@@ -329,7 +329,7 @@ impl Media {
     ///
     /// # Safety
     /// As for [`store`](Self::store).
-    #[inline]
+    #[inline(always)]
     pub(crate) unsafe fn clear_bits(&self, offset: u64, mask: u64) {
         // SAFETY: the caller's contract.
         unsafe { self.store(offset, self.load(offset) & !mask) };
@@ -339,22 +339,11 @@ impl Media {
     ///
     /// # Safety
     /// As for [`store`](Self::store), for all of them.
-    #[inline]
+    #[inline(always)]
     pub(crate) unsafe fn store_words(&self, offset: u64, words: &[u64]) {
-        // SAFETY: the caller's contract.
-        unsafe { self.store_words_and(offset, words, |_| {}) };
-    }
-
-    /// Writes whole words, and shows each to `also`.
-    ///
-    /// # Safety
-    /// As for [`store`](Self::store), for all of them.
-    #[inline]
-    pub(crate) unsafe fn store_words_and(&self, offset: u64, words: &[u64], mut also: impl FnMut(u64)) {
         assert!(offset.is_multiple_of(8));
         let place = self.at(offset, words.len() * 8).cast::<AtomicU64>();
         for (i, &word) in words.iter().enumerate() {
-            also(word);
             // SAFETY: `at` checked the range; invariant 3.
             unsafe { place.add(i).as_ref().store(word, Ordering::Relaxed) };
         }
@@ -389,7 +378,7 @@ impl Media {
     }
 
     /// Notes that `len` bytes at `offset` were written through a reference.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn touched(&self, offset: u64, len: usize) {
         #[cfg(test)]
         self.trace.touched(self, offset, len);
@@ -397,7 +386,7 @@ impl Media {
     }
 
     /// Writes a range back from the processor's caches, where that is what durability takes.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn flush(&self, offset: u64, len: usize) {
         if self.dax {
             self.flusher.flush(self.at(offset, len), len);
@@ -407,7 +396,7 @@ impl Media {
     }
 
     /// Waits for the flushes before it.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn fence(&self) {
         if self.dax {
             self.flusher.fence();

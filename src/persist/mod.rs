@@ -7,6 +7,7 @@
 //! | `table` | what lies at an offset, without a lock |
 //! | `heap`, `fold` | what may be handed out: an index in memory over the bitmaps in the file; its hash |
 //! | `journal`, `recover` | records in the log: written, applied, applied again after a crash |
+//! | `gate` | the lock of the index, and the door between readers and commits |
 //! | `locks`, `context`, `arena`, `tx`, `txapi` | transactions |
 //! | `read`, `ptr`, `types`, `roots` | references, pointers, what may be stored, named roots |
 //! | `survey`, `check` | what is reachable, what leaks, what is damaged |
@@ -24,6 +25,7 @@ mod damage;
 mod flush;
 mod fold;
 mod format;
+mod gate;
 mod heap;
 mod inner;
 mod journal;

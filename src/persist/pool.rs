@@ -286,9 +286,9 @@ impl PersistentPool {
             return work(&reader);
         }
         inner.present()?;
-        let gate = inner.gate.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let reading = inner.heap.read();
         let outcome = context::within(inner, None, || work(&reader));
-        drop(gate);
+        drop(reading);
         inner.free_deferred();
         outcome
     }

@@ -4,7 +4,7 @@ use super::Transaction;
 use super::work::{Entry, Image, State, Whole, Work};
 use crate::base::error::{Error, Result};
 use crate::persist::inner::{Books, Inner, Tally};
-use crate::persist::journal::{Ops, apply, enter};
+use crate::persist::journal::{Ops, apply};
 use crate::persist::media::{Durability, Media};
 use crate::persist::table::Mark;
 
@@ -28,21 +28,18 @@ impl Transaction<'_> {
             prepare(pool, work);
             // SAFETY: the operations were built from slots and objects of the file; by invariant 1 those are
             // locked.
-            unsafe { pool.journal.commit(&pool.media, &pool.gate, pool, &mut work.ops)? };
+            unsafe { pool.journal.commit(&pool.media, &pool.heap, pool, &mut work.ops)? };
             settle(pool, &mut pool.heap.lock(), work);
         } else {
-            let record = pool.journal.write(&pool.media, pool, &work.ops)?;
-            let entered = enter(&pool.gate);
-            let mut books = pool.heap.lock();
-            // SAFETY: as above; the gate keeps readers out, and words of bitmaps change under the lock of the
-            // heap only.
+            let record = pool.journal.write(&pool.media, pool, work.id(), &work.ops)?;
+            let mut books = pool.heap.alone();
+            // SAFETY: as above; readers are out.
             unsafe { apply(&pool.media, work.ops.body()) };
             if let Some(block) = pool.journal.clear(&pool.media, &record) {
                 books.release(&pool.table, block);
             }
             settle(pool, &mut books, work);
             drop(books);
-            drop(entered);
         }
         self.committed.set(true);
         if !work.roots.is_empty() {
@@ -149,23 +146,26 @@ fn settle(pool: &Inner, books: &mut Books, work: &Work) {
 }
 
 /// Logs the words of an image that differ from the file, and all from offset `all_from` on.
+#[inline]
 fn log_changes(media: &Media, image: &Image, all_from: u64, ops: &mut Ops) {
     // SAFETY: the image's words were initialised when it was made; no reference to them is left.
     let words = unsafe { core::slice::from_raw_parts(image.copy.as_ptr(), image.words) };
-    let differs = |i: usize| {
-        let at = image.at + i as u64 * 8;
-        at >= all_from || words[i] != media.load(at)
-    };
-    let mut i = 0;
-    while i < words.len() {
-        if !differs(i) {
-            i += 1;
-            continue;
+    let mut at = image.at;
+    // Since when words differ.
+    let mut since = None;
+    for (i, &word) in words.iter().enumerate() {
+        let differs = word != media.load(at) || at >= all_from;
+        at += 8;
+        match since {
+            None if differs => since = Some(i),
+            Some(first) if !differs => {
+                ops.write(image.at + first as u64 * 8, &words[first..i]);
+                since = None;
+            }
+            _ => {}
         }
-        let start = i;
-        while i < words.len() && differs(i) {
-            i += 1;
-        }
-        ops.write(image.at + start as u64 * 8, &words[start..i]);
+    }
+    if let Some(first) = since {
+        ops.write(image.at + first as u64 * 8, &words[first..]);
     }
 }
