@@ -17,7 +17,7 @@ pub mod source;
 #[cfg(feature = "cli")]
 pub mod trace;
 
-pub use api::{GlobalPool, PoolBox, PoolRef};
+pub use api::{GlobalPool, PoolBox, PoolRef, WatchedHeap};
 pub use base::config::{AllocatorType, DebugConfig, OnFinding, PoolConfig, Strategy, SyncType};
 pub use base::diagnostics::{Diagnostics, FindingLog, Operation, OperationKind};
 pub use base::error::{Error, ErrorCategory, Result};

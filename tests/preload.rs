@@ -9,6 +9,8 @@ mod conformance;
 mod foreign;
 #[path = "programs/mod.rs"]
 mod programs;
+#[path = "preload/watched.rs"]
+mod watched;
 
 use std::ffi::c_void;
 use std::os::unix::process::ExitStatusExt;

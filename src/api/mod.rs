@@ -5,7 +5,9 @@ mod allocator;
 mod boxed;
 mod global;
 mod named;
+mod watched;
 
 pub use boxed::PoolBox;
 pub use global::GlobalPool;
 pub use named::PoolRef;
+pub use watched::WatchedHeap;

@@ -147,6 +147,23 @@ impl<R: Reach> DebugLayer<R> {
         if self.config.stacks { Some(Stack::capture()) } else { None }
     }
 
+    /// Whether the user knows, or knew, a block at `outer`.
+    pub(crate) fn knows(&self, outer: usize) -> bool {
+        self.books.lock().records.find(outer).is_some()
+    }
+
+    /// Bytes that the user asked for at `outer`, of a live block.
+    pub(crate) fn live_size(&self, outer: usize) -> Option<usize> {
+        let books = self.books.lock();
+        let record = &books.records[books.records.find(outer)?];
+        (record.state == State::Live).then_some(record.size)
+    }
+
+    /// Locks the books for as long as the answer lives: around a `fork`.
+    pub(crate) fn hold_books(&self) -> HeldBooks<'_> {
+        HeldBooks { _guard: self.books.lock() }
+    }
+
     #[inline]
     fn intact(&self, record: &Record) -> bool {
         let (front, back) = (self.surround.front(record), self.surround.back(record));
@@ -298,6 +315,11 @@ impl<R: Reach> DebugLayer<R> {
             panic_or_abort(finding);
         }
     }
+}
+
+/// The books of a layer, locked.
+pub(crate) struct HeldBooks<'a> {
+    _guard: LockGuard<'a, Books>,
 }
 
 /// The pool's name in front of a report, if it has one.

@@ -23,6 +23,7 @@ use core::fmt;
 
 pub use bytes::{HostReach, Reach};
 pub use debug::DebugLayer;
+pub(crate) use debug::HeldBooks;
 
 use crate::base::diagnostics::Diagnostics;
 use crate::base::pool::ActiveAllocation;
