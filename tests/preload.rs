@@ -7,6 +7,8 @@
 mod conformance;
 #[path = "preload/programs.rs"]
 mod foreign;
+#[path = "programs/limited.rs"]
+mod limited;
 #[path = "programs/mod.rs"]
 mod programs;
 #[path = "preload/watched.rs"]
@@ -19,6 +21,7 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use conformance::Surface;
+use limited::output_of;
 
 /// Set in the processes that have the library preloaded.
 const PRELOADED: &str = "TEST_IS_PRELOADED";
@@ -34,13 +37,10 @@ fn preloaded() -> bool {
 
 /// Runs the test of this name in a process of its own, with the library preloaded.
 fn again(test: &str, more: &[(&str, &str)]) -> Output {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture", "--test-threads", "1"])
-        .env("LD_PRELOAD", library())
-        .env(PRELOADED, "1")
-        .envs(more.iter().copied())
-        .output()
-        .unwrap()
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--nocapture", "--test-threads", "1"]);
+    command.env("LD_PRELOAD", library()).env(PRELOADED, "1").envs(more.iter().copied());
+    output_of(&mut command, "").unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {

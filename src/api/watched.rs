@@ -5,6 +5,8 @@
 //! 2. Work of the layer that makes the C library allocate (unwinding, names of functions) is served by the heap
 //!    itself too: `Busy` marks the thread meanwhile.
 //! 3. So the heap has blocks that the layer does not know. Their frees are told apart by the heap's own books.
+//! 4. A thread that forks holds the layer's books (`HELD`). What it then allocates (in handlers of others around the
+//!    same `fork`) goes past the layer, and a block of the layer's that it frees is kept for ever.
 
 use core::alloc::Layout;
 use core::cell::Cell;
@@ -18,7 +20,7 @@ use crate::base::diagnostics::Diagnostics;
 use crate::base::error::Result;
 use crate::base::finding::LeakReport;
 use crate::engine::Block;
-use crate::observe::{DebugLayer, HeldBooks, Observer};
+use crate::observe::{DebugLayer, HeldBooks, Known, Observer};
 
 /// Alignment of every block.
 const ALIGN: usize = 16;
@@ -47,6 +49,8 @@ pub struct WatchedHeap {
 
 thread_local! {
     static BUSY: Cell<bool> = const { Cell::new(false) };
+    // Without a destructor, whose registration would allocate.
+    static HELD: Cell<Option<ManuallyDrop<(HeldBooks<'static>, Busy)>>> = const { Cell::new(None) };
 }
 
 /// While it lives, this thread's requests go past the layer (2).
@@ -55,7 +59,9 @@ struct Busy;
 impl Busy {
     fn begin() -> Option<Self> {
         // A thread whose slots are gone is left unwatched.
-        (!BUSY.try_with(|busy| busy.replace(true)).unwrap_or(true)).then_some(Self)
+        let idle = !BUSY.try_with(|busy| busy.replace(true)).unwrap_or(true);
+        // Only who began may end it: no value is made otherwise.
+        idle.then(|| Self)
     }
 }
 
@@ -65,10 +71,22 @@ impl Drop for Busy {
     }
 }
 
+/// Looks into the books, if this thread holds them (4).
+fn forking<A>(look: impl FnOnce(&HeldBooks<'static>) -> A) -> Option<A> {
+    HELD.try_with(|cell| {
+        let held = cell.take()?;
+        let answer = look(&held.0);
+        cell.set(Some(held));
+        Some(answer)
+    })
+    .ok()?
+}
+
 impl WatchedHeap {
     /// Watches as `config` says.
     pub fn new(config: DebugConfig) -> Result<Self> {
         let pool = PoolConfig { debug: config, ..PoolConfig::default_cpu() };
+        crate::base::stack::unwind_always();
         Ok(Self { layer: DebugLayer::new("", &pool)?, heap: GlobalPool::new(), config })
     }
 
@@ -123,7 +141,12 @@ impl WatchedHeap {
             return;
         }
         let busy = Busy::begin();
-        if !self.layer.knows(ptr.addr()) && (busy.is_none() || GlobalPool::usable_size(ptr).is_some()) {
+        let known = match forking(|books| books.known(ptr.addr())) {
+            Some(Known::Live(_) | Known::Freed) => return,
+            Some(Known::Nothing) => Known::Nothing,
+            None => self.layer.known(ptr.addr()),
+        };
+        if known == Known::Nothing && (busy.is_none() || GlobalPool::usable_size(ptr).is_some()) {
             // SAFETY: the caller's contract (3).
             return unsafe { self.heap.free_unsized(ptr) };
         }
@@ -169,10 +192,11 @@ impl WatchedHeap {
 
     /// Bytes of the live block at `ptr`: as many as were asked for.
     pub fn usable_size(&self, ptr: *mut u8) -> Option<usize> {
-        match self.layer.live_size(ptr.addr()) {
-            Some(size) => Some(size),
-            None if self.layer.knows(ptr.addr()) => None,
-            None => GlobalPool::usable_size(ptr),
+        let known = forking(|books| books.known(ptr.addr())).unwrap_or_else(|| self.layer.known(ptr.addr()));
+        match known {
+            Known::Live(size) => Some(size),
+            Known::Freed => None,
+            Known::Nothing => GlobalPool::usable_size(ptr),
         }
     }
 
@@ -204,13 +228,9 @@ impl WatchedHeap {
     /// Keeps the layer's books whole across `fork`: call once, for a heap that lives for ever.
     pub fn protect_forks(&'static self) {
         static WATCHED: OnceLock<&'static WatchedHeap> = OnceLock::new();
-        thread_local! {
-            // Without a destructor, whose registration would allocate.
-            static HELD: Cell<Option<ManuallyDrop<HeldBooks<'static>>>> = const { Cell::new(None) };
-        }
         extern "C" fn before() {
-            if let Some(heap) = WATCHED.get() {
-                HELD.set(Some(ManuallyDrop::new(heap.layer.hold_books())));
+            if let (Some(heap), Some(busy)) = (WATCHED.get(), Busy::begin()) {
+                HELD.set(Some(ManuallyDrop::new((heap.layer.hold_books(), busy))));
             }
         }
         extern "C" fn after() {

@@ -88,6 +88,11 @@ impl RawLock {
         self.wake.notify_one();
     }
 
+    /// Keeps threads from beginning to sleep or being woken: nobody is in between.
+    pub(super) fn keep_sleepers(&self) -> MutexGuard<'_, ()> {
+        self.sleepers()
+    }
+
     fn sleepers(&self) -> MutexGuard<'_, ()> {
         self.sleepers.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -211,13 +211,20 @@ impl serde::Serialize for Stack {
     }
 }
 
+const UNKNOWN: u8 = 0;
+const NO: u8 = 1;
+const YES: u8 = 2;
+static MODE: AtomicU8 = AtomicU8::new(UNKNOWN);
+
+/// From now on every stack is unwound. For callers under code that may keep no frame pointers, or that may be the C
+/// library looking for the bounds of a stack: it allocates meanwhile, under a lock that the walk would wait for.
+pub(crate) fn unwind_always() {
+    MODE.store(NO, Ordering::Relaxed);
+}
+
 /// Whether code of this crate keeps frame pointers, found out at the first call.
 #[inline]
 fn walks_frame_pointers() -> bool {
-    const UNKNOWN: u8 = 0;
-    const NO: u8 = 1;
-    const YES: u8 = 2;
-    static MODE: AtomicU8 = AtomicU8::new(UNKNOWN);
     match MODE.load(Ordering::Relaxed) {
         UNKNOWN => {
             let found = if probe() { YES } else { NO };

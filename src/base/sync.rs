@@ -12,9 +12,9 @@ pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
 pub(crate) use std::sync::{Condvar, Mutex, MutexGuard};
 
 #[cfg(loom)]
-pub(crate) use modelled::{Lock, LockGuard};
+pub(crate) use modelled::{ForkGuard, Lock, LockGuard};
 #[cfg(not(loom))]
-pub(crate) use plain::{Lock, LockGuard};
+pub(crate) use plain::{ForkGuard, Lock, LockGuard};
 
 /// The lock as programs use it.
 #[cfg(not(loom))]
@@ -24,6 +24,7 @@ mod plain {
     use core::marker::PhantomData;
     use core::mem;
     use core::ops::{Deref, DerefMut};
+    use std::sync::MutexGuard;
 
     use crate::base::lock::RawLock;
 
@@ -48,6 +49,13 @@ mod plain {
         pub(crate) fn lock(&self) -> LockGuard<'_, T> {
             self.raw.take();
             LockGuard { lock: self, held: PhantomData }
+        }
+
+        /// Waits for the lock, and stops all that is going on around it: for a `fork`, in whose child the other
+        /// threads are not there to finish it.
+        pub(crate) fn lock_around_fork(&self) -> ForkGuard<'_, T> {
+            let guard = self.lock();
+            ForkGuard { _sleepers: self.raw.keep_sleepers(), guard }
         }
 
         /// The lock, if nobody has it.
@@ -84,6 +92,20 @@ mod plain {
     pub(crate) struct LockGuard<'a, T> {
         lock: &'a Lock<T>,
         held: PhantomData<&'a mut T>,
+    }
+
+    /// A lock held around a `fork`. The sleepers go first: who leaves the lock may want to wake them.
+    #[derive(Debug)]
+    pub(crate) struct ForkGuard<'a, T> {
+        _sleepers: MutexGuard<'a, ()>,
+        guard: LockGuard<'a, T>,
+    }
+
+    impl<T> Deref for ForkGuard<'_, T> {
+        type Target = T;
+        fn deref(&self) -> &T {
+            &self.guard
+        }
     }
 
     impl<T> LockGuard<'_, T> {
@@ -185,7 +207,14 @@ mod modelled {
         }
 
         pub(crate) fn wake_slow(&self) {}
+
+        /// Models do not fork.
+        pub(crate) fn lock_around_fork(&self) -> ForkGuard<'_, T> {
+            self.lock()
+        }
     }
+
+    pub(crate) type ForkGuard<'a, T> = LockGuard<'a, T>;
 
     #[derive(Debug)]
     pub(crate) struct LockGuard<'a, T>(MutexGuard<'a, T>);

@@ -38,7 +38,7 @@ use crate::base::pool::ActiveAllocation;
 use crate::base::report;
 use crate::base::stack::{Stack, thread_number};
 use crate::base::stats::Latency;
-use crate::base::sync::{Lock, LockGuard};
+use crate::base::sync::{ForkGuard, Lock, LockGuard};
 use crate::engine::Block;
 
 /// Records for which room is made ahead: as many threads may be between [`Observer::inflate`], which can
@@ -85,6 +85,14 @@ impl Books {
         self.operation += 1;
         let stack = stack.map_or(NO_STACK, |stack| self.depot.intern(stack));
         Mark { operation: self.operation, thread: thread_number(), stack }
+    }
+
+    fn known(&self, outer: usize) -> Known {
+        match self.records.find(outer).map(|id| &self.records[id]) {
+            None => Known::Nothing,
+            Some(record) if record.state == State::Live => Known::Live(record.size),
+            Some(_) => Known::Freed,
+        }
     }
 
     /// The engine may reuse the block from now on; returns its inner address.
@@ -147,21 +155,14 @@ impl<R: Reach> DebugLayer<R> {
         if self.config.stacks { Some(Stack::capture()) } else { None }
     }
 
-    /// Whether the user knows, or knew, a block at `outer`.
-    pub(crate) fn knows(&self, outer: usize) -> bool {
-        self.books.lock().records.find(outer).is_some()
-    }
-
-    /// Bytes that the user asked for at `outer`, of a live block.
-    pub(crate) fn live_size(&self, outer: usize) -> Option<usize> {
-        let books = self.books.lock();
-        let record = &books.records[books.records.find(outer)?];
-        (record.state == State::Live).then_some(record.size)
+    /// What the layer knows of the address `outer`.
+    pub(crate) fn known(&self, outer: usize) -> Known {
+        self.books.lock().known(outer)
     }
 
     /// Locks the books for as long as the answer lives: around a `fork`.
     pub(crate) fn hold_books(&self) -> HeldBooks<'_> {
-        HeldBooks { _guard: self.books.lock() }
+        HeldBooks(self.books.lock_around_fork())
     }
 
     #[inline]
@@ -317,9 +318,25 @@ impl<R: Reach> DebugLayer<R> {
     }
 }
 
+/// What a layer knows of an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Known {
+    /// No block of the layer's begins there.
+    Nothing,
+    /// A live block of as many bytes does.
+    Live(usize),
+    /// A freed one did.
+    Freed,
+}
+
 /// The books of a layer, locked.
-pub(crate) struct HeldBooks<'a> {
-    _guard: LockGuard<'a, Books>,
+pub(crate) struct HeldBooks<'a>(ForkGuard<'a, Books>);
+
+impl HeldBooks<'_> {
+    /// [`DebugLayer::known`], by who holds the books.
+    pub(crate) fn known(&self, outer: usize) -> Known {
+        self.0.known(outer)
+    }
 }
 
 /// The pool's name in front of a report, if it has one.

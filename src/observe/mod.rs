@@ -23,7 +23,7 @@ use core::fmt;
 
 pub use bytes::{HostReach, Reach};
 pub use debug::DebugLayer;
-pub(crate) use debug::HeldBooks;
+pub(crate) use debug::{HeldBooks, Known};
 
 use crate::base::diagnostics::Diagnostics;
 use crate::base::pool::ActiveAllocation;

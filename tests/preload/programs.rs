@@ -1,9 +1,9 @@
 //! Programs that nobody here wrote do the same on this heap as on their own.
 
-use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
+use crate::limited::output_of;
 use crate::{library, text};
 
 /// A program, what it is told, and what it reads.
@@ -70,15 +70,11 @@ const CASES: [Case; 9] = [
 /// What the program says, and whether that was a success.
 fn run(case: &Case, preload: Option<&Path>) -> std::io::Result<(String, String, bool)> {
     let mut command = Command::new(case.program);
-    command.args(case.arguments).current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::piped());
-    command.stdout(Stdio::piped()).stderr(Stdio::piped()).env("LC_ALL", "C");
+    command.args(case.arguments).current_dir(env!("CARGO_MANIFEST_DIR")).env("LC_ALL", "C");
     if let Some(library) = preload {
         command.env("LD_PRELOAD", library);
     }
-    let mut child = command.spawn()?;
-    // A program that reads nothing may be gone already.
-    let _ = child.stdin.take().map(|mut stdin| stdin.write_all(case.input.as_bytes()));
-    let output = child.wait_with_output()?;
+    let output = output_of(&mut command, case.input)?;
     Ok((text(&output.stdout), text(&output.stderr), output.status.success()))
 }
 
@@ -110,14 +106,10 @@ fn cxx_programs_catch_what_new_throws() {
     let binary = folder.join("operators");
     let mut compiler = Command::new("g++");
     compiler.args(["-std=c++17", "-O1", "-x", "c++", "-", "-o"]).arg(&binary);
-    let compiled = compiler.stdin(Stdio::piped()).spawn().and_then(|mut child| {
-        child.stdin.take().map(|mut stdin| stdin.write_all(PROGRAM.as_bytes())).transpose()?;
-        child.wait()
-    });
-    match compiled {
-        Ok(status) => {
-            assert!(status.success());
-            let output = Command::new(&binary).env("LD_PRELOAD", library()).output().unwrap();
+    match output_of(&mut compiler, PROGRAM) {
+        Ok(compiled) => {
+            assert!(compiled.status.success(), "{}", text(&compiled.stderr));
+            let output = output_of(Command::new(&binary).env("LD_PRELOAD", library()), "").unwrap();
             let (out, err) = (text(&output.stdout), text(&output.stderr));
             assert!(output.status.success() && out == "all is well\n", "{}\n{out}\n{err}", output.status);
         }
