@@ -1,128 +1,27 @@
 //! Typed device memory: buffers, slices of them, and copies.
 //!
 //! Invariants
-//! 1. A [`Block`] is live in its pool until it is dropped, and keeps pool and stream alive.
-//! 2. All work on a block is ordered through its home stream: a copy on another stream first waits for the
-//!    home stream, and the home stream then waits for the copy. So a free in the home stream's order comes
-//!    after everything. What foreign code does on other streams it must say with `record_stream`.
-//! 3. A `DeviceBuffer<T>` holds `len` initialised elements, `len * size_of::<T>()` at most the block's bytes.
-//! 4. Nothing asynchronous borrows host memory, except inside `Stream::scope`, which waits.
+//! 1. The block is live, and all work on it is ordered (invariants of `block`).
+//! 2. A `DeviceBuffer<T>` holds `len` initialised elements, `len * size_of::<T>()` at most the block's bytes.
+//! 3. Nothing asynchronous borrows host memory, except inside `Stream::scope`, which waits.
 
 use core::fmt;
 use core::marker::PhantomData;
 use core::mem::MaybeUninit;
 use core::ops::{Bound, RangeBounds};
 use core::ptr::NonNull;
-use std::any::Any;
 
 use bytemuck::{AnyBitPattern, NoUninit, Zeroable};
 
-use super::core::Ticket;
+use super::block::Block;
 use super::device::GpuDevice;
 use super::host::{HostBuffer, Transfer};
 use super::kind::HostAccessible;
-use super::pool::{DevicePool, bytes_of, empty};
-use super::stream::{Stream, StreamScope};
+use super::pool::{DevicePool, bytes_of};
+use super::stream::Stream;
 use crate::base::error::{Error, PointerFault, Refusal, Result};
-use crate::base::pool::{AllocFlags, MemoryPool};
-use crate::base::sync::Lock;
+use crate::base::pool::MemoryPool;
 use crate::base::transfer::{CopySource, CopyTarget};
-
-/// A live block of a pool; freed on its home stream when dropped.
-pub(super) struct Block {
-    pub(super) pool: DevicePool,
-    /// `None` for a size of 0.
-    ticket: Option<Ticket>,
-    pub(super) start: usize,
-    pub(super) bytes: usize,
-    pub(super) home: Stream,
-    /// Set where the memory is not the pool's.
-    foreign: Option<Foreign>,
-}
-
-/// Memory of somebody else's under a [`Block`].
-pub(super) struct Foreign {
-    /// The stream on which its owner frees it.
-    stream: Stream,
-    /// Streams that use it beside the home stream.
-    users: Lock<Vec<Stream>>,
-    /// Frees it when dropped.
-    _owner: Box<dyn Any + Send + Sync>,
-}
-
-#[cfg(feature = "cuda")]
-impl Foreign {
-    pub(super) fn new(stream: Stream, owner: Box<dyn Any + Send + Sync>) -> Self {
-        Self { stream, users: Lock::default(), _owner: owner }
-    }
-}
-
-impl Block {
-    pub(super) fn new<T>(pool: &DevicePool, bytes: usize, home: &Stream) -> Result<Self> {
-        let (pool, home) = (pool.clone(), home.clone());
-        if bytes == 0 {
-            pool.inner.accept(&home)?;
-            return Ok(Self { pool, ticket: None, start: empty::<T>(), bytes: 0, home, foreign: None });
-        }
-        let placed = pool.inner.take(bytes, align_of::<T>(), Some(&home), AllocFlags::NONE)?;
-        let (ticket, start, bytes) = (Some(placed.ticket), placed.start, placed.len);
-        Ok(Self { pool, ticket, start, bytes, home, foreign: None })
-    }
-
-    /// A block of memory that is somebody else's.
-    #[cfg(feature = "cuda")]
-    pub(super) fn adopted(
-        pool: &DevicePool,
-        start: usize,
-        bytes: usize,
-        home: &Stream,
-        foreign: Foreign,
-    ) -> Self {
-        let (pool, home) = (pool.clone(), home.clone());
-        Self { pool, ticket: None, start, bytes, home, foreign: Some(foreign) }
-    }
-
-    fn device(&self) -> &GpuDevice {
-        self.pool.device()
-    }
-
-    /// Grows in place; `None` where there is no room behind.
-    pub(super) fn grow(&mut self, bytes: usize) -> Option<()> {
-        if bytes > self.bytes {
-            self.bytes = self.pool.inner.grow_in_place(self.ticket?, bytes, Some(&self.home))?;
-        }
-        Some(())
-    }
-
-    /// Issues work on the block to `stream`, ordered as invariant 2 demands.
-    fn on(&self, stream: &Stream, issue: impl FnOnce() -> Result<()>) -> Result<()> {
-        stream.wait_for(&self.home)?;
-        issue()?;
-        self.joined(stream)
-    }
-
-    /// Orders the home stream after what was just issued to `stream`. If that cannot be recorded, it is
-    /// waited for: the work is under way and the block must not be reused before it is done.
-    fn joined(&self, stream: &Stream) -> Result<()> {
-        self.home.wait_for(stream).inspect_err(|_| stream.settle())
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        if let Some(ticket) = self.ticket {
-            self.pool.inner.give(ticket, self.start, self.bytes, Some(&self.home));
-        }
-        if let Some(foreign) = &self.foreign {
-            // Its owner frees it on its own stream, after all work on it; what cannot be ordered is waited for.
-            for user in foreign.users.lock().iter().chain([&self.home]) {
-                if foreign.stream.wait_for(user).is_err() {
-                    user.settle();
-                }
-            }
-        }
-    }
-}
 
 /// Memory on the device for `T`s, freed in the order of its stream when dropped.
 ///
@@ -365,7 +264,7 @@ impl<T> DeviceBuffer<T> {
     }
 }
 
-// SAFETY: invariant 3; all work on the elements is complete, and more is issued through `self` alone.
+// SAFETY: invariant 2; all work on the elements is complete, and more is issued through `self` alone.
 unsafe impl<T> CopySource<T> for DeviceBuffer<T> {
     fn source(&self) -> (NonNull<T>, usize, Option<&dyn MemoryPool>) {
         self.settled()
@@ -682,27 +581,5 @@ impl<T> fmt::Debug for DeviceSlice<'_, T> {
 impl<T> fmt::Debug for DeviceSliceMut<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "DeviceSliceMut({:#x}, {} elements)", self.start, self.len)
-    }
-}
-
-impl<'env> StreamScope<'_, 'env> {
-    /// Copies from the host without waiting; the slice is borrowed until the scope ends.
-    pub fn copy_from_host<'b, T: NoUninit + 'b>(
-        &self,
-        into: impl Into<DeviceSliceMut<'b, T>>,
-        source: &'env [T],
-    ) -> Result<()> {
-        // SAFETY: the scope waits before the borrow ends.
-        unsafe { into.into().issue_from_host(source, self.stream) }
-    }
-
-    /// Copies to the host without waiting; the slice is borrowed until the scope ends.
-    pub fn copy_to_host<'b, T: AnyBitPattern + 'b>(
-        &self,
-        source: impl Into<DeviceSlice<'b, T>>,
-        into: &'env mut [T],
-    ) -> Result<()> {
-        // SAFETY: the scope waits before the borrow ends.
-        unsafe { source.into().issue_to_host(into, self.stream) }
     }
 }

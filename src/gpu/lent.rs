@@ -17,7 +17,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut, DevicePtr};
 
-use super::buffer::{Block, DeviceBuffer, Foreign};
+use super::block::{Block, Foreign};
+use super::buffer::DeviceBuffer;
 use super::pool::DevicePool;
 use super::stream::Stream;
 use crate::base::error::{Error, Result};

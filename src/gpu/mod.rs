@@ -10,6 +10,7 @@
 //! is wanted. `order` says how, `driver::sim` finds out when it goes wrong.
 
 mod arena;
+mod block;
 mod buffer;
 mod capture;
 mod core;

@@ -12,6 +12,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::ThreadId;
 
+use bytemuck::{AnyBitPattern, NoUninit};
+
+use super::buffer::{DeviceSlice, DeviceSliceMut};
 use super::capture::Session;
 use super::device::{DEFAULT_SLOT, GpuDevice};
 use super::driver::{Capture as CaptureState, RawEvent, RawStream};
@@ -355,6 +358,26 @@ impl<'env> StreamScope<'_, 'env> {
     /// The stream of the scope.
     pub fn stream(&self) -> &'env Stream {
         self.stream
+    }
+
+    /// Copies from the host without waiting; the slice is borrowed until the scope ends.
+    pub fn copy_from_host<'b, T: NoUninit + 'b>(
+        &self,
+        into: impl Into<DeviceSliceMut<'b, T>>,
+        source: &'env [T],
+    ) -> Result<()> {
+        // SAFETY: the scope waits before the borrow ends.
+        unsafe { into.into().issue_from_host(source, self.stream) }
+    }
+
+    /// Copies to the host without waiting; the slice is borrowed until the scope ends.
+    pub fn copy_to_host<'b, T: AnyBitPattern + 'b>(
+        &self,
+        source: impl Into<DeviceSlice<'b, T>>,
+        into: &'env mut [T],
+    ) -> Result<()> {
+        // SAFETY: the scope waits before the borrow ends.
+        unsafe { source.into().issue_to_host(into, self.stream) }
     }
 }
 

@@ -5,7 +5,8 @@ use core::marker::PhantomData;
 
 use bytemuck::{AnyBitPattern, NoUninit, Zeroable};
 
-use super::buffer::{Block, DeviceBuffer, DeviceSlice, DeviceSliceMut};
+use super::block::Block;
+use super::buffer::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
 use super::pool::{DevicePool, bytes_of};
 use super::stream::Stream;
 use crate::base::error::{Error, OomReason, Result};

@@ -38,7 +38,7 @@ fn access(device: c_int) -> AccessDesc {
 impl CudaDevice {
     pub(super) fn map_and_note(&self, addr: usize, bytes: usize, handle: Handle) -> Result<()> {
         let mut mapped = self.mapped.lock();
-        // SAFETY: the caller of `map` vouches for range and handle.
+        // SAFETY: invariants 1 and 3: the caller of `map` vouches for range and handle.
         self.relaxed("cuMemMap", |api| unsafe { (api.handle_map)(addr as u64, bytes, 0, handle.0, 0) })?;
         mapped.ranges.insert(addr, (bytes, handle));
         Ok(())
@@ -49,7 +49,7 @@ impl CudaDevice {
         let mapped = self.mapped.lock();
         let who: Vec<AccessDesc> =
             core::iter::once(self.device).chain(mapped.peers.iter().copied()).map(access).collect();
-        // SAFETY: the caller of `set_access` vouches for the range; `who` outlives the call.
+        // SAFETY: invariants 1, 2 and 3: the caller of `set_access` vouches for the range; `who` is a local.
         self.relaxed("cuMemSetAccess", |api| unsafe {
             (api.set_access)(addr as u64, bytes, who.as_ptr(), who.len())
         })
@@ -57,7 +57,7 @@ impl CudaDevice {
 
     pub(super) fn unmap_and_forget(&self, addr: usize, bytes: usize) -> Result<()> {
         let mut mapped = self.mapped.lock();
-        // SAFETY: the caller of `unmap` vouches for the range.
+        // SAFETY: invariants 1 and 3: the caller of `unmap` vouches for the range.
         self.relaxed("cuMemUnmap", |api| unsafe { (api.handle_unmap)(addr as u64, bytes) })?;
         mapped.ranges.remove(&addr);
         Ok(())

@@ -22,6 +22,7 @@ mod mapped;
 
 use core::ffi::{c_int, c_void};
 use core::fmt;
+use core::mem::ManuallyDrop;
 use core::ptr::null_mut;
 use std::any::Any;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -46,7 +47,7 @@ const ATTRIBUTE_DESCRIPTORS: c_int = 103;
 /// How many CUDA devices there are.
 pub(crate) fn device_count() -> Result<usize> {
     let mut count = 0;
-    // SAFETY: `count` outlives the call.
+    // SAFETY: invariants 1 and 2: `count` is a local.
     check(unsafe { (api()?.device_count)(&mut count) }, "cuDeviceGetCount")?;
     Ok(usize::try_from(count).unwrap_or(0))
 }
@@ -64,7 +65,8 @@ pub(crate) struct CudaDevice {
     mapped: Lock<Mapped>,
 }
 
-// SAFETY: the driver's objects may be used from any thread.
+// SAFETY: the driver's functions may be called from any thread, on objects of any other (CUDA driver API, "API
+// synchronization behavior"); what a call needs current is made current in it.
 unsafe impl Send for CudaDevice {}
 // SAFETY: as above.
 unsafe impl Sync for CudaDevice {}
@@ -85,7 +87,7 @@ impl Drop for Current<'_> {
     fn drop(&mut self) {
         if self.pushed {
             let mut popped = null_mut();
-            // SAFETY: pops what was pushed on this thread.
+            // SAFETY: invariants 1 and 2; it pops what `current` pushed on this thread, which the value never leaves.
             unsafe { (self.api.context_pop)(&mut popped) };
         }
     }
@@ -101,7 +103,7 @@ impl<'a> Relaxed<'a> {
     fn new(api: &'a Api) -> Self {
         const RELAXED: c_int = 2;
         let mut mode = RELAXED;
-        // SAFETY: swaps a thread's setting with `mode`, which outlives the call.
+        // SAFETY: invariants 1 and 2; it swaps a setting of this thread with `mode`.
         unsafe { (api.exchange_capture_mode)(&mut mode) };
         Self { api, mode }
     }
@@ -109,7 +111,7 @@ impl<'a> Relaxed<'a> {
 
 impl Drop for Relaxed<'_> {
     fn drop(&mut self) {
-        // SAFETY: restores the thread's setting.
+        // SAFETY: as in `new`.
         unsafe { (self.api.exchange_capture_mode)(&mut self.mode) };
     }
 }
@@ -139,7 +141,7 @@ impl CudaDevice {
         let api = api()?;
         let device = Self::device(api, ordinal)?;
         let mut context = null_mut();
-        // SAFETY: `device` was named by the driver, `context` outlives the call.
+        // SAFETY: invariants 1 and 2; `device` was named by the driver.
         check(unsafe { (api.primary_retain)(&mut context, device) }, "cuDevicePrimaryCtxRetain")?;
         Self::over(api, device, ordinal, context, true, None)
     }
@@ -164,7 +166,7 @@ impl CudaDevice {
             return Err(Error::NoDevice { ordinal, available });
         }
         let mut device = 0;
-        // SAFETY: `device` outlives the call.
+        // SAFETY: invariants 1 and 2; the ordinal is one that the driver has.
         check(unsafe { (api.device_get)(&mut device, ordinal as c_int) }, "cuDeviceGet")?;
         Ok(device)
     }
@@ -190,12 +192,12 @@ impl CudaDevice {
         let mapped = Lock::default();
         let mut this = Self { api, device, context, retained, _keep: keep, info, mapped };
         let mut name = [0u8; 128];
-        // SAFETY: the buffer is as long as stated.
+        // SAFETY: invariants 1 and 2; the buffer is as long as stated.
         let named = unsafe { (api.device_name)(name.as_mut_ptr().cast(), name.len() as c_int, device) };
         check(named, "cuDeviceGetName")?;
         let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
         this.info.name = String::from_utf8_lossy(&name[..end]).into_owned();
-        // SAFETY: the field outlives the call.
+        // SAFETY: invariants 1 and 2.
         let total = unsafe { (api.device_total_memory)(&mut this.info.total_memory, device) };
         check(total, "cuDeviceTotalMem")?;
         this.info.concurrent_managed = this.attribute(ATTRIBUTE_CONCURRENT_MANAGED) == 1;
@@ -203,7 +205,7 @@ impl CudaDevice {
             this.mapped.lock().exportable = this.attribute(ATTRIBUTE_DESCRIPTORS) == 1;
             let current = this.current()?;
             let mut granularity = 0;
-            // SAFETY: both arguments outlive the call.
+            // SAFETY: invariants 1 and 2.
             let asked = unsafe { (api.granularity)(&mut granularity, &this.prop(false), 0) };
             drop(current);
             this.info.vmm_granularity = (asked == 0 && granularity.is_power_of_two()).then_some(granularity);
@@ -213,7 +215,7 @@ impl CudaDevice {
 
     fn attribute(&self, attribute: c_int) -> c_int {
         let mut value = 0;
-        // SAFETY: `value` outlives the call. An attribute that the driver does not know leaves it 0.
+        // SAFETY: invariants 1 and 2. An attribute that the driver does not know leaves it 0.
         unsafe { (self.api.device_attribute)(&mut value, attribute, self.device) };
         value
     }
@@ -236,7 +238,7 @@ impl CudaDevice {
 
     fn current(&self) -> Result<Current<'_>> {
         let mut context = null_mut();
-        // SAFETY: `context` outlives the call.
+        // SAFETY: invariants 1 and 2.
         check(unsafe { (self.api.context_get)(&mut context) }, "cuCtxGetCurrent")?;
         let pushed = context != self.context;
         if pushed {
@@ -283,13 +285,14 @@ impl CudaDevice {
 impl Drop for CudaDevice {
     fn drop(&mut self) {
         if self.retained {
-            // SAFETY: retained once, released once.
+            // SAFETY: invariant 1; retained once in `open`, released once.
             unsafe { (self.api.primary_release)(self.device) };
         }
     }
 }
 
-// SAFETY: the driver hands out memory that overlaps nothing, and keeps the rules of streams and events.
+// SAFETY: the driver hands out memory that overlaps nothing until it is given back, runs a stream's work in order and
+// others' after the events they wait for (CUDA driver API, "Stream Management"), and each method is one call of it.
 unsafe impl Driver for CudaDevice {
     fn info(&self) -> &Info {
         &self.info
@@ -428,7 +431,7 @@ unsafe impl Driver for CudaDevice {
     }
 
     fn device_sync(&self) -> Result<()> {
-        // SAFETY: invariants 1 and 3; the driver hands `data`, which nobody else knows, to the trampoline once.
+        // SAFETY: invariants 1 and 4.
         self.relaxed("cuCtxSynchronize", |api| unsafe { (api.context_sync)() })
     }
 
@@ -515,8 +518,12 @@ unsafe impl Driver for CudaDevice {
         const NO_DESTRUCTOR_SYNC: u32 = 1;
         const MOVE: u32 = 1;
         let Some((_, graph)) = self.capture_info(raw)? else { return Ok(()) };
-        // The driver calls back where it must not be called: the end gets a thread of its own.
-        let end: Box<dyn FnOnce() + Send> = Box::new(move || _ = std::thread::spawn(end));
+        // The driver calls back where it must not be called: the end gets a thread of its own. Where there is none to
+        // be had it never comes, and the memory stays the graph's.
+        let end = ManuallyDrop::new(end);
+        let end: Box<dyn FnOnce() + Send> = Box::new(move || {
+            _ = std::thread::Builder::new().spawn(move || ManuallyDrop::into_inner(end)());
+        });
         let data = Box::into_raw(Box::new(end));
         let mut object = null_mut();
         // SAFETY: invariants 1 and 2; the driver hands `data`, which nobody else knows, to `run_once` once.
@@ -525,7 +532,8 @@ unsafe impl Driver for CudaDevice {
         });
         if let Err(error) = made {
             // SAFETY: the driver did not take it, so it is ours again.
-            drop(unsafe { Box::from_raw(data) });
+            let end = unsafe { Box::from_raw(data) };
+            end();
             return Err(error);
         }
         // SAFETY: invariants 1 and 3; the graph takes over the only reference to the object.
