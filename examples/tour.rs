@@ -9,8 +9,8 @@ use allocator_api2::boxed::Box;
 use allocator_api2::vec::Vec;
 use memory_pool::{
     AnyPool, CpuPool, DevicePool, Durability, FixedPool, GlobalPool, GpuDevice, LeakReport, LocalFixedPool,
-    LocalVariablePool, LockFreeFixedPool, OnFinding, PersistentConfig, PersistentPool, PinnedPool,
-    PoolConfig, PoolManager, Result, SimConfig, Strategy, VariablePool,
+    LocalVariablePool, LockFreeFixedPool, ManagedPool, OnFinding, PersistentConfig, PersistentPool,
+    PinnedPool, PoolConfig, PoolManager, Result, SimConfig, Strategy, VariablePool,
 };
 
 /// A generator of numbers: the same for every allocator.
@@ -255,6 +255,19 @@ fn gpu_pools() -> Result<()> {
     println!("  50 batches of 1 MiB to the device and back: {:.1} ms\n", began.elapsed().as_secs_f64() * 1e3);
     device.print_stats();
     pinned.print_stats();
+
+    // Memory of both, on cards that let the CPU touch it at any time.
+    match ManagedPool::named(&gpu, "shared", PoolConfig::default_gpu()) {
+        Ok(managed) => {
+            let mut histogram = Vec::new_in(&managed);
+            histogram.extend((0..50u32).map(|batch| batch * batch));
+            let mut copy = device.alloc(histogram.len(), &compute)?;
+            copy.copy_from_host(&histogram, &compute)?;
+            assert_eq!(copy.to_vec(&compute)?, &*histogram);
+            managed.print_stats();
+        }
+        Err(error) => println!("  no managed pool: {error}"),
+    }
     if let Some(sim) = gpu.simulation() {
         let hazards = sim.hazards().len();
         println!("\n  the simulated device saw {} driver calls and {hazards} ordering mistakes", sim.calls());

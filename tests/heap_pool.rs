@@ -174,3 +174,34 @@ fn threads_that_start_at_once_all_get_memory() {
         assert_eq!(pool.stats().active_count() as usize, 3 * THREADS);
     }
 }
+
+#[test]
+fn the_peaks_of_what_is_held_are_exact_and_start_anew() {
+    let pool = CpuPool::new(PoolConfig::default_cpu().initial_size(1 << 20)).unwrap();
+    let held = || {
+        let stats = pool.stats();
+        assert!(stats.peak_reserved >= stats.reserved && stats.peak_committed >= stats.committed);
+        (stats.reserved, stats.committed)
+    };
+    assert_eq!((held().0, pool.stats().peak_reserved), (1 << 20, 1 << 20));
+    let layout = Layout::from_size_align(3000, 8).unwrap();
+    let blocks: Vec<_> = (0..3000).map(|_| pool.allocate(layout).unwrap().cast()).collect();
+    let large = pool.allocate(Layout::from_size_align(40 << 20, 8).unwrap()).unwrap();
+    let (reserved, committed) = held();
+    assert!(committed > 48 << 20 && reserved >= committed);
+    let stats = pool.stats();
+    assert_eq!((stats.peak_reserved, stats.peak_committed), (reserved, committed));
+    // SAFETY: all live, each freed once.
+    unsafe {
+        pool.deallocate(large.cast());
+        blocks.into_iter().for_each(|block| pool.deallocate(block));
+    }
+    pool.trim(0).unwrap();
+    assert!(held().1 < 8 << 20);
+    let stats = pool.stats();
+    assert_eq!((stats.peak_reserved, stats.peak_committed), (reserved, committed));
+    pool.reset_peak();
+    let stats = pool.stats();
+    assert_eq!(stats.peak_reserved, stats.reserved);
+    assert!(stats.peak_committed < 8 << 20);
+}

@@ -23,13 +23,20 @@ use crate::source::os;
 const SMALL_REGION: usize = 4;
 const HUGE_REGION: usize = 16;
 
+/// See [`Hub::count_peak`].
+const UNCOUNTED: usize = usize::MAX;
+
 /// The shared part of a heap.
 pub(crate) struct Hub {
     /// Most bytes that spans and large blocks may hold.
     limit: AtomicUsize,
+    /// What spans and large blocks hold, where that is counted: there is a limit, or a peak to be known.
     held: AtomicUsize,
+    /// Most bytes ever held; `UNCOUNTED` where nobody asks.
+    peak: AtomicUsize,
     /// What was asked for ahead of need: memory in use up to here is no growth.
     booked: AtomicUsize,
+    peak_booked: AtomicUsize,
     pub(super) shared: SpinLock<Shared>,
     /// The heap of threads that have none any more: they allocate under this lock.
     pub(super) late: SpinLock<LateHeap>,
@@ -103,7 +110,9 @@ impl Hub {
         Self {
             limit: AtomicUsize::new(limit),
             held: AtomicUsize::new(0),
+            peak: AtomicUsize::new(UNCOUNTED),
             booked: AtomicUsize::new(0),
+            peak_booked: AtomicUsize::new(0),
             shared: SpinLock::new(Shared {
                 vacant: [List::new(), List::new()],
                 fresh: [(0, 0); 2],
@@ -223,6 +232,7 @@ impl Hub {
             }
         }
         self.booked.fetch_max(total, Ordering::Relaxed);
+        self.peak_booked.fetch_max(total, Ordering::Relaxed);
         true
     }
 
@@ -232,21 +242,50 @@ impl Hub {
         self.booked.fetch_min(most, Ordering::Relaxed);
     }
 
+    /// Lets the hub count what it holds even without a limit; before it is used.
+    pub(crate) fn count_peak(&self) {
+        self.peak.store(0, Ordering::Relaxed);
+    }
+
+    /// Bytes held, now and at most since the peak was last reset; for hubs that count their peak.
+    pub(super) fn holdings(&self) -> (usize, usize) {
+        (self.held.load(Ordering::Relaxed), self.peak.load(Ordering::Relaxed))
+    }
+
+    /// Most bytes ever booked since the peak was last reset.
+    pub(super) fn peak_booked(&self) -> usize {
+        self.peak_booked.load(Ordering::Relaxed)
+    }
+
+    /// Starts the peaks anew.
+    pub(super) fn reset_holdings(&self) {
+        self.peak.store(self.holdings().0, Ordering::Relaxed);
+        self.peak_booked.store(self.booked(), Ordering::Relaxed);
+    }
+
+    fn counts(&self) -> bool {
+        self.limit() != usize::MAX || self.peak.load(Ordering::Relaxed) != UNCOUNTED
+    }
+
     /// Counts `bytes` towards the limit, or refuses.
     pub(super) fn charge(&self, bytes: usize) -> bool {
-        let limit = self.limit();
-        if limit == usize::MAX {
+        if !self.counts() {
             return true;
         }
-        self.held
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |held| {
-                held.checked_add(bytes).filter(|&sum| sum <= limit)
-            })
-            .is_ok()
+        let limit = self.limit();
+        let before = self.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |held| {
+            held.checked_add(bytes).filter(|&sum| sum <= limit)
+        });
+        if let Ok(held) = before
+            && held + bytes > self.peak.load(Ordering::Relaxed)
+        {
+            self.peak.fetch_max(held + bytes, Ordering::Relaxed);
+        }
+        before.is_ok()
     }
 
     pub(super) fn refund(&self, bytes: usize) {
-        if self.limit() != usize::MAX {
+        if self.counts() {
             self.held.fetch_sub(bytes, Ordering::Relaxed);
         }
     }

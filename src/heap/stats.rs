@@ -202,6 +202,7 @@ impl Hub {
 
     /// Starts the peak anew.
     pub(crate) fn reset_peak(&self) {
+        self.reset_holdings();
         self.each_heap(|heap| {
             let requests = &heap.requests;
             requests.peak.store(requests.live_bytes().max(0) as u64, Ordering::Relaxed);
@@ -212,9 +213,13 @@ impl Hub {
     /// threads' peaks: exact for one thread, an upper bound for several.
     pub(crate) fn memory_stats(&self) -> MemoryStats {
         let held = self.snapshot();
+        let (now, peak) = self.holdings();
         let mut stats = MemoryStats {
-            reserved: held.committed.max(self.booked()),
+            reserved: now.max(self.booked()),
+            peak_reserved: peak.max(self.peak_booked()),
             committed: held.committed,
+            // Exact, but that pages given back within a span still count.
+            peak_committed: peak.max(held.committed),
             source_calls: held.os_calls,
             ..MemoryStats::default()
         };

@@ -141,6 +141,7 @@ impl CpuPool {
             guarded: AtomicBool::new(!config.thread_safe),
             config,
         }));
+        pool.0.hub.count_peak();
         // The hub has its final place now.
         pool.0.hub.enlist();
         heap::prepare_process();
@@ -356,8 +357,6 @@ impl CpuPool {
     pub fn stats(&self) -> MemoryStats {
         let mut stats = self.0.hub.memory_stats();
         self.0.tracking.show(&mut stats);
-        stats.peak_reserved = stats.reserved;
-        stats.peak_committed = stats.committed;
         stats.largest_free = stats.free;
         stats
     }
