@@ -37,6 +37,7 @@ fn front() -> &'static Front {
 /// The heap of the process: what `#[global_allocator]` uses.
 pub(crate) mod process {
     use super::*;
+    use crate::heap::guard::{self, Guard};
     use crate::heap::{self, begins_block, fault, segment_of_small};
 
     pub(crate) static HUB: Hub = Hub::new(usize::MAX);
@@ -63,6 +64,19 @@ pub(crate) mod process {
     #[cold]
     #[inline(never)]
     fn alloc_slow(class: usize, align: usize, asker: Asker<'_>) -> *mut u8 {
+        if let Some(guard) = front().guard() {
+            let block = guard::alloc_cached(guard, class, align);
+            if !block.is_null() {
+                return block;
+            }
+        }
+        alloc_uncached(class, align, asker)
+    }
+
+    /// Apart, so that the path of a hardened heap saves no registers for it.
+    #[cold]
+    #[inline(never)]
+    fn alloc_uncached(class: usize, align: usize, asker: Asker<'_>) -> *mut u8 {
         with_heap_for(asker, |heap| heap.alloc_aligned(class, align)).unwrap_or(ptr::null_mut())
     }
 
@@ -95,8 +109,18 @@ pub(crate) mod process {
 
     #[inline(never)]
     fn free_slow(class: usize, block: *mut u8) {
+        if let Some((heap, guard)) = hardened() {
+            return heap.guarded_free(guard, block);
+        }
+        free_uncached(class, block);
+    }
+
+    /// Apart, as above.
+    #[cold]
+    #[inline(never)]
+    fn free_uncached(class: usize, block: *mut u8) {
         match bound() {
-            Some(heap) if heap.guard().is_some() => heap.guarded_free(block),
+            Some(heap) if heap.guard().is_some() => free_checked(block),
             // SAFETY: the caller's contract.
             Some(heap) if heap.is(unsafe { (*segment_of(block)).head.owner.load(Ordering::Relaxed) }) => {
                 heap.flush(class, block);
@@ -106,10 +130,26 @@ pub(crate) mod process {
         }
     }
 
+    /// This thread's heap and its guard, if it is bound and hardened.
+    #[inline(always)]
+    fn hardened() -> Option<(&'static ThreadHeap, &'static Guard)> {
+        let front = front();
+        // SAFETY: a front with a guard is the first field of a heap.
+        front.guard().map(|guard| (unsafe { &*ptr::from_ref(front).cast::<ThreadHeap>() }, guard))
+    }
+
+    /// Frees what a program says is a block, where the heap is hardened.
+    #[cold]
+    #[inline(never)]
+    fn free_checked(block: *mut u8) {
+        // A thread without memory for a heap of its own leaves the block where it is.
+        _ = with_heap(|heap| heap.guard().map(|guard| heap.guarded_free(guard, block)));
+    }
+
     /// Frees a block smaller than a large one, on a thread that has no heap any more.
     fn free_late(block: *mut u8) {
         if HUB.settings.has(Part::Checks) {
-            HUB.with_late(|heap| heap.guarded_free(block));
+            free_checked(block);
         } else {
             // SAFETY: the block is live, so its segment is there.
             post_one(unsafe { &*segment_of(block) }, block);
@@ -124,10 +164,7 @@ pub(crate) mod process {
     #[inline(never)]
     pub(crate) unsafe fn free_big(block: *mut u8) {
         if HUB.settings.has(Part::Checks) {
-            return match bound() {
-                Some(heap) => heap.guarded_free(block),
-                None => free_late(block),
-            };
+            return free_checked(block);
         }
         // SAFETY: a live block has books before it.
         let segment = unsafe { &*segment_of(block) };
@@ -193,7 +230,7 @@ pub(crate) mod process {
                 fault::invalid_free(block);
             }
             if HUB.settings.has(Part::Checks) {
-                with_heap(|heap| heap.guarded_expect(block));
+                guard::expect_block(block);
             }
             heap::usable_size(block)
         }

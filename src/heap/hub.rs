@@ -382,7 +382,7 @@ impl Hub {
         let (base, kind) = (segment.base(), usize::from(segment.huge.get()));
         // SAFETY: nobody has a block of the segment. A freer that is late with its announcement (invariant 7)
         // writes into zeroes, and the next owner finds a mark that leads to nothing.
-        if !super::guard::open_segment(segment) || !unsafe { self.discard(base, SEGMENT) } {
+        if !super::fence::open_segment(segment) || !unsafe { self.discard(base, SEGMENT) } {
             return false;
         }
         let mut shared = self.shared.lock();

@@ -25,6 +25,7 @@ mod bind;
 mod check;
 mod class;
 mod fault;
+mod fence;
 mod guard;
 mod hub;
 mod large;
@@ -177,8 +178,8 @@ impl ThreadHeap {
     #[cold]
     #[inline(never)]
     fn free_unsized_slow(&self, segment: &Segment, block: *mut u8) {
-        if self.guard().is_some() {
-            return self.guarded_free(block);
+        if let Some(guard) = self.guard() {
+            return self.guarded_free(guard, block);
         }
         if let Some(large) = Large::at(segment) {
             if !large.begins_at(block) {

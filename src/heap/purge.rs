@@ -43,10 +43,6 @@ impl ThreadHeap {
     #[cold]
     #[inline(never)]
     pub(super) fn set_shrinking(&self, shrinking: bool) {
-        if self.guard().is_some() {
-            // As far as the fast paths see, the caches of a hardened heap have no room at all.
-            return;
-        }
         self.shrinking.set(shrinking);
         for class in 0..class::COUNT {
             let full = class::cache_capacity(class);

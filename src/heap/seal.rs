@@ -10,7 +10,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 /// Bytes of a word: what a hardened block is larger than what it is used for.
 pub(crate) const SEAL: usize = 8;
 
-/// The numbers: one for live blocks, one for free ones, and an odd factor.
+/// The numbers: one for addresses, one by which live and free words differ, and an odd factor.
 static SECRET: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
 
 /// Draws the numbers, once.
@@ -20,6 +20,8 @@ pub(super) fn draw() {
     }
     let mut numbers = [0u64; 3];
     fill_random(&mut numbers);
+    // Free words differ from live ones, and not in the bit that keeps them from a zero.
+    numbers[1] = (numbers[1] | 2) & !1;
     numbers[2] |= 1;
     for (secret, number) in SECRET.iter().zip(numbers) {
         secret.store(number, Ordering::Relaxed);
@@ -76,23 +78,18 @@ fn mix(mut x: u64) -> u64 {
     x ^ x >> 32
 }
 
-#[inline(always)]
-fn word(block: *mut u8, which: usize) -> u64 {
-    let secret = |at: usize| SECRET[at].load(Ordering::Relaxed);
-    // The product's upper half depends on all of the address; no word has a zero as its first byte.
-    (block.addr() as u64 ^ secret(which)).wrapping_mul(secret(2)).rotate_left(32) | 1
-}
-
 /// The last word of a live block.
 #[inline(always)]
 pub(super) fn live(block: *mut u8) -> u64 {
-    word(block, 0)
+    let (key, factor) = (SECRET[0].load(Ordering::Relaxed), SECRET[2].load(Ordering::Relaxed));
+    // The product's upper half depends on all of the address; no word has a zero as its first byte.
+    (block.addr() as u64 ^ key).wrapping_mul(factor).rotate_left(32) | 1
 }
 
-/// First and last word of a free block.
+/// First and last word of a free block whose live word is `live`.
 #[inline(always)]
-pub(super) fn free(block: *mut u8) -> u64 {
-    word(block, 1)
+pub(super) fn free(live: u64) -> u64 {
+    live ^ SECRET[1].load(Ordering::Relaxed)
 }
 
 /// Where the last word of a block of `size` bytes is.
@@ -131,7 +128,7 @@ mod tests {
         let mut seen = std::collections::HashSet::new();
         for at in 1..1000usize {
             let block = ptr::without_provenance_mut(at * 16);
-            for word in [live(block), free(block)] {
+            for word in [live(block), free(live(block))] {
                 assert!(word & 0xFF != 0 && seen.insert(word), "{at}");
             }
         }

@@ -89,6 +89,8 @@ pub(crate) struct Span {
     pub(crate) place: Cell<Place>,
     pub(crate) queued: Cell<bool>,
     pub(crate) zeroed: Cell<bool>,
+    /// Whether pages of it were given back, so that free blocks may have become zero.
+    pub(crate) wiped: Cell<bool>,
     /// Bytes carved, in whole pages.
     pub(crate) committed: Cell<u32>,
     list: Links<Span>,
@@ -216,7 +218,7 @@ impl Segment {
         segment.vacant.set(u64::MAX);
         segment.pristine.set(u64::MAX);
         if hub.settings.has(Part::GuardPages) {
-            super::guard::guard_segment(segment);
+            super::fence::guard_segment(segment);
         }
         segment
     }
@@ -357,6 +359,7 @@ impl Segment {
         span.hint.set(u16::MAX);
         span.place.set(Place::Full);
         span.zeroed.set(zeroed);
+        span.wiped.set(false);
         span
     }
 
@@ -433,6 +436,7 @@ impl Segment {
                 let len = (at - begin) * MIN_PAGE;
                 if discard(self.base().wrapping_add(begin * MIN_PAGE), len) {
                     (begin..at).for_each(|page| self.mark(page));
+                    span.wiped.set(true);
                     span.discarded.set(span.discarded.get() + (at - begin) as u32);
                     given += len;
                 }

@@ -50,9 +50,6 @@ impl ThreadHeap {
             slots[high].store(a, Ordering::Relaxed);
         }
         if let Some(guard) = guard {
-            for slot in slots {
-                guard.on_take(slot.load(Ordering::Relaxed), class::size(class));
-            }
             guard.shuffle(slots);
         }
         self.set_top(class, bottom.wrapping_add(gathered - 1));
@@ -156,13 +153,17 @@ impl ThreadHeap {
 
     fn take_from(&self, span: &Span, want: usize, sink: &mut dyn FnMut(*mut u8)) -> usize {
         let unsettled = span.unsettled();
-        let taken = if span.discarded.get() == 0 {
+        let guard = self.guard().filter(|_| span.wiped.get());
+        let taken = if span.discarded.get() == 0 && guard.is_none() {
             span.take(want, sink)
         } else {
             let (page, mut back) = (os::page_size(), 0);
             let segment = self.segment_of_span(span);
             let taken = span.take(want, |block| {
                 back += segment.revive(span, block as usize, page);
+                if let Some(guard) = guard {
+                    guard.on_take(block, span.size.get() as usize);
+                }
                 sink(block);
             });
             bump(&self.tally.committed, back as u64);
@@ -345,8 +346,8 @@ impl ThreadHeap {
     #[cold]
     #[inline(never)]
     pub(crate) fn flush(&self, class: usize, block: *mut u8) {
-        if self.guard().is_some() {
-            return self.guarded_free(block);
+        if let Some(guard) = self.guard() {
+            return self.guarded_free(guard, block);
         }
         let half = (self.capacity(class) / 2).max(1);
         self.flush_oldest(class, half);

@@ -33,10 +33,12 @@ pub(crate) type Slot = AtomicPtr<u8>;
 pub(crate) struct Front {
     tops: [AtomicPtr<Slot>; COUNT],
     limits: [Cell<*const Slot>; COUNT],
+    /// What a hardened heap has beside, where its real tops and ends are; null for others.
+    guard: Cell<*const Guard>,
 }
 
-// SAFETY: the tops are atomic, and only a front's own thread reads or writes its limits; those of the two static
-// ones are never written.
+// SAFETY: the tops are atomic, and only a front's own thread reads or writes its limits, and writes its guard before
+// anybody knows the front; those of the two static ones are never written.
 unsafe impl Sync for Front {}
 
 /// Two empty slots: the stack of a thread that has no heap is empty and full at once.
@@ -52,7 +54,15 @@ impl Front {
         Self {
             tops: [const { AtomicPtr::new((&raw const NO_SLOTS[1]).cast_mut()) }; COUNT],
             limits: [const { Cell::new(&raw const NO_SLOTS[1]) }; COUNT],
+            guard: Cell::new(ptr::null()),
         }
+    }
+
+    /// What a hardened heap has beside.
+    #[inline(always)]
+    pub(super) fn guard(&self) -> Option<&Guard> {
+        // SAFETY: null or a guard, which lives as long as the heap.
+        unsafe { self.guard.get().as_ref() }
     }
 
     /// Takes a block of `class` from the cache; null when it is empty.
@@ -189,8 +199,6 @@ pub(crate) struct ThreadHeap {
     /// Set while a request must be served from what is there.
     pub(super) frugal: Cell<bool>,
     pub(crate) tally: Tally,
-    /// What a hardened heap has beside; null for others.
-    pub(super) guard: Cell<*const Guard>,
     pub(super) next_idle: Cell<*const ThreadHeap>,
     pub(super) next_heap: Cell<*const ThreadHeap>,
     /// What a pool with statistics counts for this thread.
@@ -221,12 +229,18 @@ impl ThreadHeap {
 
     /// Shuts the fast paths and gives the heap a guard; false without memory.
     pub(super) fn harden(&self) -> bool {
-        let Some(guard) = Guard::create(self.hub(), |class| self.bottom(class)) else { return false };
-        for (class, limit) in self.front.limits.iter().enumerate() {
-            limit.set(self.bottom(class));
+        let Some(guard) = Guard::create(self.hub()) else { return false };
+        for class in 0..COUNT {
+            guard.set_up(class, self.bottom(class), self.front.limits[class].replace(self.bottom(class)));
         }
-        self.guard.set(guard);
+        self.front.guard.set(guard);
         true
+    }
+
+    /// What the heap has if it is hardened.
+    #[inline(always)]
+    pub(super) fn guard(&self) -> Option<&Guard> {
+        self.front.guard()
     }
 
     pub(super) fn hub(&self) -> &Hub {
@@ -247,32 +261,30 @@ impl ThreadHeap {
     }
 
     pub(super) fn top(&self, class: usize) -> *const Slot {
-        self.tops()[class].load(Ordering::Relaxed)
+        self.top_and_limit(class).0.load(Ordering::Relaxed)
     }
 
-    /// The tops of the caches: those of the fast paths, or the hidden ones.
-    fn tops(&self) -> &[AtomicPtr<Slot>; COUNT] {
-        self.guard().map_or(&self.front.tops, |guard| &guard.tops)
+    /// The top and the end of a cache: those of the fast paths, or the hidden ones.
+    fn top_and_limit(&self, class: usize) -> (&AtomicPtr<Slot>, &Cell<*const Slot>) {
+        match self.guard() {
+            Some(guard) => guard.top_and_limit(class),
+            None => (&self.front.tops[class], &self.front.limits[class]),
+        }
     }
 
     pub(super) fn set_top(&self, class: usize, top: *const Slot) {
-        self.tops()[class].store(top.cast_mut(), Ordering::Relaxed);
+        self.top_and_limit(class).0.store(top.cast_mut(), Ordering::Relaxed);
     }
 
     /// Blocks that the cache of a class holds at most.
     pub(super) fn capacity(&self, class: usize) -> usize {
-        match self.guard() {
-            Some(_) => class::cache_capacity(class),
-            None => {
-                (self.front.limits[class].get() as usize - self.bottom(class) as usize) / size_of::<Slot>()
-            }
-        }
+        (self.top_and_limit(class).1.get() as usize - self.bottom(class) as usize) / size_of::<Slot>()
     }
 
-    /// Sets that, on a heap that is not hardened; the cache holds no more by now, and its array has room.
+    /// Sets that; the cache holds no more by now, and its array has room.
     pub(super) fn set_capacity(&self, class: usize, capacity: usize) {
         debug_assert!(self.cached_count(class) <= capacity && capacity <= class::cache_capacity(class));
-        self.front.limits[class].set(self.bottom(class).wrapping_add(capacity));
+        self.top_and_limit(class).1.set(self.bottom(class).wrapping_add(capacity));
     }
 
     /// The blocks in the cache of a class, oldest first; a snapshot if another thread looks.
@@ -288,8 +300,8 @@ impl ThreadHeap {
 
     /// Free blocks that this heap keeps at hand or in quarantine; any thread may ask.
     pub(crate) fn kept_count(&self, class: usize) -> usize {
-        let held = self.guard().map_or(0, |guard| guard.held[class].load(Ordering::Relaxed));
-        self.cached_count(class) + held as usize
+        let held = self.guard().map_or(0, |guard| guard.held(class));
+        self.cached_count(class) + held
     }
 
     /// The blocks in the outbox of a class.
