@@ -1,5 +1,6 @@
 //! Errors and attacks of C programs against the process heap: each case is a program of its own, started with a
-//! hardened heap and with the default one, and judged by how it ends.
+//! hardened heap and with the default one, and judged by how it ends. It reaches the heap without telling sizes (as C
+//! programs do, in Rust), as Rust programs do, with layouts, or through the C functions of the preloaded library.
 //!
 //! | verdict | what it takes |
 //! |---|---|
@@ -10,10 +11,15 @@
 //! `cargo test --test heap_attacks` runs all; `-- list` names them with their verdicts.
 
 mod children;
+mod programs;
 
+use std::alloc::Layout;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::ptr;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use memory_pool::{GlobalPool, HeapConfig};
 
@@ -24,7 +30,16 @@ static POOL: GlobalPool = GlobalPool::with_config(HeapConfig::new());
 /// alone in slices, alone in a mapping.
 const SIZES: [usize; 8] = [24, 64, 200, 1000, 5000, 40_000, 100_000, 3 << 20];
 
+/// How a case reaches the heap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Api {
+    Unsized,
+    Layouts,
+    C,
+}
+
 struct Case {
+    api: Api,
     kind: &'static str,
     size: usize,
     detail: usize,
@@ -40,15 +55,50 @@ struct Scene {
 
 const VICTIM: usize = 13;
 
+/// How this process reaches the heap.
+static API: OnceLock<Api> = OnceLock::new();
+
+fn api() -> Api {
+    *API.get().unwrap()
+}
+
+fn layout(size: usize) -> Layout {
+    Layout::from_size_align(size, 8).unwrap()
+}
+
 fn alloc(size: usize) -> *mut u8 {
-    let block = POOL.alloc_unsized(size, 16);
+    let block = match api() {
+        Api::Unsized => POOL.alloc_unsized(size, 16),
+        // SAFETY: no size is 0.
+        Api::Layouts => unsafe { std::alloc::alloc(layout(size)) },
+        // SAFETY: no preconditions.
+        Api::C => unsafe { libc::malloc(size) }.cast(),
+    };
     assert!(!block.is_null());
     block
 }
 
-fn free(block: *mut u8) {
+/// Frees what is said to be a block of `size` bytes.
+fn free(block: *mut u8, size: usize) {
     // SAFETY: none for some blocks, which is the point: this process is here to be broken.
-    unsafe { POOL.free_unsized(block) }
+    unsafe {
+        match api() {
+            Api::Unsized => POOL.free_unsized(block),
+            Api::Layouts => std::alloc::dealloc(block, layout(size)),
+            Api::C => libc::free(block.cast()),
+        }
+    }
+}
+
+fn resize(block: *mut u8, size: usize, to: usize) -> *mut u8 {
+    // SAFETY: none: see `free`.
+    unsafe {
+        match api() {
+            Api::Unsized => POOL.realloc_unsized(block, to),
+            Api::Layouts => std::alloc::realloc(block, layout(size), to),
+            Api::C => libc::realloc(block.cast(), to).cast(),
+        }
+    }
 }
 
 fn fill(block: *mut u8, size: usize, byte: u8) {
@@ -71,8 +121,21 @@ fn scribble(block: *mut u8, at: isize, len: usize) {
     }
 }
 
+/// Gives back what can be, so that what comes next is built anew.
+fn trim() {
+    match api() {
+        // SAFETY: no preconditions.
+        Api::C => _ = unsafe { libc::malloc_trim(0) },
+        _ => _ = GlobalPool::trim(),
+    }
+}
+
 fn usable(block: *mut u8) -> usize {
-    GlobalPool::usable_size(block).unwrap()
+    match api() {
+        // SAFETY: a live block.
+        Api::C => unsafe { libc::malloc_usable_size(block.cast()) },
+        _ => GlobalPool::usable_size(block).unwrap(),
+    }
 }
 
 impl Scene {
@@ -96,7 +159,7 @@ impl Scene {
     fn free_others(&self) {
         for (at, &block) in self.blocks.iter().enumerate() {
             if at != VICTIM && !block.is_null() {
-                free(block);
+                free(block, self.size);
             }
         }
     }
@@ -118,7 +181,7 @@ impl Scene {
             if !(whole && apart && apart_from_live) {
                 return false;
             }
-            blocks.iter().for_each(|&(block, _)| free(block));
+            blocks.iter().for_each(|&(block, _)| free(block, size));
         }
         true
     }
@@ -136,14 +199,14 @@ fn on_another_thread(work: impl FnOnce() + Send) {
     std::thread::scope(|scope| scope.spawn(work).join().unwrap());
 }
 
-/// A pointer that crosses threads.
+/// A block that crosses threads, and its size.
 #[derive(Clone, Copy)]
-struct Shared(*mut u8);
+struct Shared(*mut u8, usize);
 // SAFETY: the threads take turns.
 unsafe impl Send for Shared {}
 impl Shared {
     fn free(self) {
-        free(self.0);
+        free(self.0, self.1);
     }
 }
 
@@ -156,36 +219,36 @@ const SMALL: &[usize] = &[24, 64, 200, 1000, 5000, 40_000];
 
 const KINDS: &[Kind] = &[
     ("double free, at once", &SIZES, &[0], |scene, _| {
-        free(scene.victim);
-        free(scene.victim);
+        free(scene.victim, scene.size);
+        free(scene.victim, scene.size);
     }),
     // `detail` other blocks are freed in between.
     ("double free, far", SMALL, &[1, 20], |scene, between| {
         let others: Vec<*mut u8> = (0..between).map(|_| alloc(scene.size)).collect();
-        free(scene.victim);
-        others.into_iter().for_each(free);
-        free(scene.victim);
+        free(scene.victim, scene.size);
+        others.into_iter().for_each(|block| free(block, scene.size));
+        free(scene.victim, scene.size);
     }),
     ("double free, after an allocation of the size", &SIZES, &[0], |scene, _| {
-        free(scene.victim);
+        free(scene.victim, scene.size);
         let other = alloc(scene.size);
         fill(other, scene.size, 9);
-        free(scene.victim);
+        free(scene.victim, scene.size);
         assert!(holds(other, scene.size, 9));
-        free(other);
+        free(other, scene.size);
     }),
     ("double free, second on another thread", &SIZES, &[0], |scene, _| {
-        free(scene.victim);
-        let victim = Shared(scene.victim);
+        free(scene.victim, scene.size);
+        let victim = Shared(scene.victim, scene.size);
         on_another_thread(move || victim.free());
     }),
     ("double free, first on another thread", &SIZES, &[0], |scene, _| {
-        let victim = Shared(scene.victim);
+        let victim = Shared(scene.victim, scene.size);
         on_another_thread(move || victim.free());
-        free(scene.victim);
+        free(scene.victim, scene.size);
     }),
     ("double free, both on another thread", &SIZES, &[0], |scene, _| {
-        let victim = Shared(scene.victim);
+        let victim = Shared(scene.victim, scene.size);
         on_another_thread(move || {
             victim.free();
             victim.free();
@@ -194,50 +257,50 @@ const KINDS: &[Kind] = &[
     // Past what the block can be used for, by so many bytes.
     ("overflow", &SIZES, &[1, 2, 4, 8, 16, 32, 64], |scene, by| {
         scribble(scene.victim, usable(scene.victim) as isize, by);
-        free(scene.victim);
+        free(scene.victim, scene.size);
     }),
     ("overflow of zeros", &SIZES, &[1, 8, 64], |scene, by| {
         fill(scene.victim.wrapping_add(usable(scene.victim)), by, 0);
-        free(scene.victim);
+        free(scene.victim, scene.size);
     }),
     ("overflow of what was asked for", &SIZES, &[1], |scene, by| {
         scribble(scene.victim, scene.size as isize, by);
-        free(scene.victim);
+        free(scene.victim, scene.size);
     }),
     ("underflow", &SIZES, &[1, 8, 16, 64], |scene, by| {
         scribble(scene.victim, -(by as isize), by);
-        free(scene.victim);
+        free(scene.victim, scene.size);
         scene
             .blocks
             .iter()
             .filter(|&&block| block < scene.victim && !block.is_null())
-            .for_each(|&block| free(block));
+            .for_each(|&block| free(block, scene.size));
         std::process::exit(if scene.heap_serves() { 0 } else { HARMED });
     }),
     ("free inside of the block", &SIZES, &[1, 8, 16, 4096], |scene, at| {
-        free(scene.victim.wrapping_add(at));
+        free(scene.victim.wrapping_add(at), scene.size);
     }),
     ("free past the last block", SMALL, &[0], |scene, _| {
         let last = scene.blocks.iter().copied().max().unwrap();
-        free(last.wrapping_add(usable(last) + 256));
+        free(last.wrapping_add(usable(last) + 256), scene.size);
     }),
     // At the start, in the middle, at the end; then blocks of the size are used.
     ("write after free", &SIZES, &[0, 1, 2], |scene, third| {
-        free(scene.victim);
+        free(scene.victim, scene.size);
         let at = (scene.size - 8) * third / 2;
         scribble(scene.victim, at as isize, 8);
     }),
     ("write after free, into what was allocated since", &SIZES, &[0, 1], |scene, half| {
-        free(scene.victim);
+        free(scene.victim, scene.size);
         let other = alloc(scene.size);
         fill(other, scene.size, 9);
         scribble(scene.victim, ((scene.size - 8) * half) as isize, 8);
         assert!(holds(other, scene.size, 9));
-        free(other);
+        free(other, scene.size);
     }),
     ("free list poisoned with an address", SMALL, &[0, 8], |scene, at| {
         let mut target = [0u64; 32];
-        free(scene.victim);
+        free(scene.victim, scene.size);
         // SAFETY: none: see `free`.
         unsafe { scene.victim.add(at).cast::<u64>().write_unaligned((&raw mut target).addr() as u64) };
         for _ in 0..200 {
@@ -246,58 +309,46 @@ const KINDS: &[Kind] = &[
         }
     }),
     ("resize of a free block", &SIZES, &[0, 1], |scene, grow| {
-        free(scene.victim);
-        // SAFETY: none: see `free`.
-        let moved = unsafe { POOL.realloc_unsized(scene.victim, scene.size + grow * scene.size) };
-        assert!(moved.is_null());
+        free(scene.victim, scene.size);
+        resize(scene.victim, scene.size, scene.size * (2 + grow));
+        std::process::exit(HARMED);
     }),
     ("free with another size's layout", SMALL, &[0], |scene, _| {
-        let layout = std::alloc::Layout::from_size_align(scene.size * 3, 8).unwrap();
-        // SAFETY: none: see `free`.
-        unsafe { std::alloc::dealloc(scene.victim, layout) };
+        free(scene.victim, scene.size * 3);
     }),
-    ("free of the stack", &[64], &[0, 1], |scene, sized| {
+    ("free of the stack", &[64], &[0], |scene, _| {
         let mut here = [[0u64; 8]; 4];
-        free_as((&raw mut here[2]).cast(), scene, sized);
+        free((&raw mut here[2]).cast(), scene.size);
     }),
-    ("free of a static", &[64], &[0, 1], |scene, sized| {
-        free_as((&raw const ELSEWHERE[8]).cast_mut().cast(), scene, sized);
+    ("free of a static", &[64], &[0], |scene, _| {
+        free((&raw const ELSEWHERE[8]).cast_mut().cast(), scene.size);
     }),
-    ("free of another allocator's block", &[64, 1000], &[0, 1], |scene, sized| {
-        // SAFETY: freed by nobody.
-        free_as(unsafe { libc::malloc(scene.size) }.cast(), scene, sized);
-    }),
-    ("free of a mapping", &[64], &[0, 1], |scene, sized| {
+    ("free of a mapping", &[64], &[0], |scene, _| {
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         // SAFETY: a new mapping.
         let place = unsafe { libc::mmap(ptr::null_mut(), 16 << 20, prot, flags, -1, 0) };
-        free_as(place.cast::<u8>().wrapping_add(9 << 20), scene, sized);
+        free(place.cast::<u8>().wrapping_add(9 << 20), scene.size);
     }),
-    ("free of a small number", &[64], &[0, 1], |scene, sized| {
-        free_as(ptr::without_provenance_mut(0x1230), scene, sized);
+    ("free of a small number", &[64], &[0], |scene, _| {
+        free(ptr::without_provenance_mut(0x1230), scene.size);
     }),
-    ("free of the heap's own books", &[64], &[0, 1], |scene, sized| {
-        free_as(scene.victim.map_addr(|address| (address & !((4 << 20) - 1)) + 4096), scene, sized);
+    ("free of the heap's own books", &[64], &[0], |scene, _| {
+        free(scene.victim.map_addr(|address| (address & !((4 << 20) - 1)) + 4096), scene.size);
     }),
 ];
 
-fn free_as(block: *mut u8, scene: &Scene, sized: usize) {
-    if sized == 1 {
-        let layout = std::alloc::Layout::from_size_align(scene.size, 8).unwrap();
-        // SAFETY: none: see `free`.
-        unsafe { std::alloc::dealloc(block, layout) };
-    } else {
-        free(block);
-    }
-}
-
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for &(kind, sizes, details, attack) in KINDS {
-        for &size in sizes {
-            for &detail in details {
-                if !(kind == "free inside of the block" && detail >= size) {
-                    cases.push(Case { kind, size, detail, attack });
+    for api in [Api::Unsized, Api::Layouts, Api::C] {
+        for &(kind, sizes, details, attack) in KINDS {
+            for (&size, &detail) in
+                sizes.iter().flat_map(|size| details.iter().map(move |detail| (size, detail)))
+            {
+                let inside = kind != "free inside of the block" || detail < size;
+                // One way in gets all sizes; the others those that take different ways from there.
+                let told = kind != "free with another size's layout" || api == Api::Layouts;
+                if inside && told && (api == Api::Unsized || [64, 5000, 100_000, 3 << 20].contains(&size)) {
+                    cases.push(Case { api, kind, size, detail, attack });
                 }
             }
         }
@@ -311,6 +362,7 @@ const HARMED: i32 = 3;
 fn attempt(case: &Case) -> i32 {
     // A check inside of an attack that fails is harm done.
     std::panic::set_hook(Box::new(|_| std::process::exit(HARMED)));
+    API.set(case.api).unwrap();
     let scene = Scene::new(case.size);
     (case.attack)(&scene, case.detail);
     let whole = scene.others_are_whole() && scene.heap_serves();
@@ -318,7 +370,7 @@ fn attempt(case: &Case) -> i32 {
         return HARMED;
     }
     scene.free_others();
-    GlobalPool::trim();
+    trim();
     if scene.heap_serves_alone() { 0 } else { HARMED }
 }
 
@@ -336,9 +388,12 @@ enum Verdict {
     Harmed,
 }
 
-fn judge(number: usize, hardened: bool) -> Verdict {
+fn judge(number: usize, case: &Case, library: &Path, hardened: bool) -> Verdict {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.arg("case").arg(number.to_string()).env_clear();
+    if case.api == Api::C {
+        command.env("LD_PRELOAD", library);
+    }
     if hardened {
         command.env("MEMORY_POOL_HARDENED", "1");
     }
@@ -362,50 +417,51 @@ fn main() -> ExitCode {
     {
         return ExitCode::from(attempt(&cases[number.parse::<usize>().unwrap()]) as u8);
     }
-    let list = arguments.iter().any(|argument| argument == "list");
-    let verdicts: Vec<[Verdict; 2]> = {
-        let next = std::sync::atomic::AtomicUsize::new(0);
-        let mut found: Vec<(usize, [Verdict; 2])> = std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..2)
-                .map(|_| {
-                    scope.spawn(|| {
-                        let mut found = Vec::new();
-                        loop {
-                            let at = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                            if at >= cases.len() {
-                                return found;
-                            }
-                            found.push((at, [judge(at, true), judge(at, false)]));
-                        }
-                    })
-                })
-                .collect();
-            workers.into_iter().flat_map(|worker| worker.join().unwrap()).collect()
-        });
-        found.sort_unstable_by_key(|(at, _)| *at);
-        found.into_iter().map(|(_, verdicts)| verdicts).collect()
+    let library = programs::example_library("malloc_preload");
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut found = Vec::new();
+        while let at = next.fetch_add(1, Ordering::Relaxed)
+            && let Some(case) = cases.get(at)
+        {
+            // What becomes of them on a heap that is not hardened is there to compare with: one way in will do.
+            let plain = (case.api == Api::Unsized).then(|| judge(at, case, &library, false));
+            found.push((at, judge(at, case, &library, true), plain));
+        }
+        found
     };
-    if list {
-        for (case, [hardened, plain]) in cases.iter().zip(&verdicts) {
-            println!("{:<50} {:>8} {:>5}  {hardened:?} / {plain:?}", case.kind, case.size, case.detail);
+    let mut verdicts: Vec<(usize, Verdict, Option<Verdict>)> = std::thread::scope(|scope| {
+        let other = scope.spawn(work);
+        work().into_iter().chain(other.join().unwrap()).collect()
+    });
+    verdicts.sort_unstable_by_key(|(at, ..)| *at);
+    if arguments.iter().any(|argument| argument == "list") {
+        for (Case { api, kind, size, detail, .. }, (_, hardened, plain)) in cases.iter().zip(&verdicts) {
+            println!("{kind:<50} {api:<8?} {size:>8} {detail:>5}  {hardened:?} / {plain:?}");
         }
     }
-    println!("{:<50} {:>6} {:>28} {:>28}", "kind", "cases", "hardened", "default");
-    println!("{:<50} {:>6} {:>28} {:>28}", "", "", "detected harmless harmed", "detected harmless harmed");
+    println!("{:<50} {:>6} {:>28} {:>35}", "kind", "cases", "hardened", "default");
+    let columns = "detected harmless harmed";
+    println!("{:<50} {:>6} {columns:>28}  {:>6} {columns:>28}", "", "", "cases");
     let row = |name: &str, of: &dyn Fn(&Case) -> bool| {
-        let chosen: Vec<&[Verdict; 2]> =
-            cases.iter().zip(&verdicts).filter(|(case, _)| of(case)).map(|(_, verdicts)| verdicts).collect();
-        let count = |which: usize, verdict| chosen.iter().filter(|found| found[which] == verdict).count();
-        print!("{name:<50} {:>6}", chosen.len());
-        for which in 0..2 {
-            print!("    {:>8}", count(which, Verdict::Detected));
-            print!(" {:>8} {:>6}", count(which, Verdict::Harmless), count(which, Verdict::Harmed));
-        }
+        let chosen = || cases.iter().zip(&verdicts).filter(|(case, _)| of(case)).map(|(_, verdict)| verdict);
+        let harmed = |verdicts: &[Verdict]| {
+            let count = |verdict| verdicts.iter().filter(|found| **found == verdict).count();
+            print!("{:>6}    {:>8}", verdicts.len(), count(Verdict::Detected));
+            print!(" {:>8} {:>6}  ", count(Verdict::Harmless), count(Verdict::Harmed));
+            count(Verdict::Harmed)
+        };
+        print!("{name:<50} ");
+        let harmed_hardened = harmed(&chosen().map(|(_, hardened, _)| *hardened).collect::<Vec<_>>());
+        harmed(&chosen().filter_map(|(.., plain)| *plain).collect::<Vec<_>>());
         println!();
-        count(0, Verdict::Harmed)
+        harmed_hardened
     };
     for (kind, ..) in KINDS {
         row(kind, &|case| case.kind == *kind);
+    }
+    for api in [Api::Unsized, Api::Layouts, Api::C] {
+        row(&format!("all, {api:?}"), &|case| case.api == api);
     }
     let harmed = row("all", &|_| true);
     if cases.len() < 100 || harmed * 20 > cases.len() {
