@@ -15,11 +15,13 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::arena::Pieces;
 use super::driver::Driver;
+use super::front::{self, Records};
 use super::order::Order;
-use super::ranges::{CLEAN, FIRST, HOLE, MIXED, Ranges, SHARED, Tag};
+use super::ranges::{CLEAN, FIRST, HOLE, MIXED, PUBLISHED, Ranges, SHARED, Tag};
 use super::stream::Stream;
 use crate::base::config::{AllocatorType, PoolConfig};
 use crate::base::error::{Error, PointerFault, Result};
@@ -42,6 +44,12 @@ impl Ticket {
     pub(super) fn node(self) -> u32 {
         self.0 & ((1 << NODE_BITS) - 1)
     }
+    pub(super) fn raw(self) -> u32 {
+        self.0
+    }
+    pub(super) fn from_raw(raw: u32) -> Self {
+        Self(raw)
+    }
 }
 
 /// A block as it was placed.
@@ -50,6 +58,8 @@ pub(super) struct Placed {
     pub(super) ticket: Ticket,
     pub(super) start: usize,
     pub(super) len: usize,
+    /// Whether the block is found by its address.
+    pub(super) published: bool,
 }
 
 /// What is asked for.
@@ -101,6 +111,8 @@ pub(super) struct Core {
     /// The pieces of memory in the pool's address space; `None` where memory comes in segments.
     pub(super) pieces: Option<Pieces>,
     shared: Shared,
+    /// Blocks that caches hold or may get back; those that they hold count as live here.
+    pub(super) records: Arc<Records>,
     pub(super) live: usize,
     /// Bytes taken from the driver.
     pub(super) reserved: usize,
@@ -125,6 +137,7 @@ impl Core {
             order: Order::new(),
             pieces: None,
             shared: HashMap::new(),
+            records: Arc::new(Records::for_pool(config.max_size)),
             live: 0,
             reserved: 0,
             growing: 0,
@@ -231,12 +244,11 @@ impl Core {
     pub(super) fn hand_out(&mut self, zone: usize, node: u32, ask: Ask) -> Placed {
         let (start, len) = (self.zones[zone].start(node), self.zones[zone].len(node));
         self.live += len;
-        self.note_peak();
         let counters = &mut self.counters;
         counters.allocations += 1;
         counters.total += len as u64;
         counters.histogram[MemoryStats::bucket(ask.bytes)] += 1;
-        Placed { ticket: Ticket::new(zone, node), start, len }
+        Placed { ticket: Ticket::new(zone, node), start, len, published: false }
     }
 
     /// Gives a small zone a segment out of the large one.
@@ -427,15 +439,22 @@ impl Core {
     }
 
     /// Frees a block on `lane` (`CLEAN`: the CPU used it, and nobody else does). `before` is the lane of a captured
-    /// stream outside of its capture. Returns the block's size.
+    /// stream outside of its capture.
     #[inline]
-    pub(super) fn free(
+    pub(super) fn free(&mut self, driver: &dyn Driver, ticket: Ticket, lane: u16, before: Option<u16>) {
+        self.counters.frees += 1;
+        self.release(driver, ticket, lane, before);
+    }
+
+    /// [`free`](Self::free), of a block whose free was counted already.
+    pub(super) fn release(
         &mut self,
         driver: &dyn Driver,
         ticket: Ticket,
         mut lane: u16,
         before: Option<u16>,
-    ) -> usize {
+    ) {
+        self.records.remove(self.start(ticket));
         let (zone, node) = (ticket.zone(), ticket.node());
         let len = self.zones[zone].len(node);
         let was = self.zones[zone].tag(node);
@@ -464,8 +483,6 @@ impl Core {
         let joins = tag.lane >= FIRST && !self.order.is_capture(tag.lane);
         self.zones[zone].free_joining(node, tag, &|other| joins && other.lane == CLEAN);
         self.live -= len;
-        self.counters.frees += 1;
-        len
     }
 
     fn tag_on(&self, lane: u16) -> Tag {
@@ -483,6 +500,13 @@ impl Core {
         }
         let flags = self.zones[zone].tag(node).batch;
         self.zones[zone].set_flags(node, flags | SHARED);
+        self.note_on_record(ticket, front::SHARED, true);
+    }
+
+    fn note_on_record(&self, ticket: Ticket, flag: u32, on: bool) {
+        if let Some((_, record)) = self.records.find(self.start(ticket)) {
+            record.set(flag, on);
+        }
     }
 
     /// All work of other lanes on a live block is complete.
@@ -491,6 +515,7 @@ impl Core {
         self.shared.remove(&ticket);
         let flags = self.zones[zone].tag(node).batch;
         self.zones[zone].set_flags(node, flags & !SHARED);
+        self.note_on_record(ticket, front::SHARED, false);
     }
 
     /// Whether other lanes than its own used a live block.
@@ -500,13 +525,39 @@ impl Core {
 
     /// Makes a block findable by its address.
     pub(super) fn publish(&mut self, ticket: Ticket) -> bool {
-        self.zones[ticket.zone()].publish(ticket.node())
+        let published = self.zones[ticket.zone()].publish(ticket.node());
+        if published {
+            self.note_on_record(ticket, front::PUBLISHED, true);
+        }
+        published
+    }
+
+    pub(super) fn is_published(&self, ticket: Ticket) -> bool {
+        self.zones[ticket.zone()].tag(ticket.node()).batch & PUBLISHED != 0
+    }
+
+    pub(super) fn is_live(&self, ticket: Ticket) -> bool {
+        self.zones.get(ticket.zone()).is_some_and(|zone| zone.is_live(ticket.node()))
+    }
+
+    /// Whether a block, or what is freed on `lane`, is the private memory of a capture.
+    pub(super) fn is_private(&self, ticket: Ticket, lane: u16) -> bool {
+        self.order.is_capture(lane)
+            || self.order.is_capture(self.zones[ticket.zone()].tag(ticket.node()).lane)
+    }
+
+    /// Whether the block lies in a cache.
+    pub(super) fn is_cached(&self, start: usize) -> bool {
+        self.records.find(start).is_some_and(|(_, record)| record.flags() & front::CACHED != 0)
     }
 
     /// The block that begins at an address and was published.
     pub(super) fn find(&self, start: usize) -> Result<Ticket> {
         for (zone, ranges) in self.zones.iter().enumerate() {
             if let Some(node) = ranges.find(start) {
+                if self.is_cached(start) {
+                    return Err(Error::pointer(start, PointerFault::NotLive));
+                }
                 return Ok(Ticket::new(zone, node));
             }
             if ranges.owns(start) {
@@ -549,13 +600,24 @@ impl Core {
         let usable = |tag: Tag| tag.lane != MIXED && order.may_use(lane, tag);
         self.zones[zone].grow(node, granules, &usable).then(|| {
             self.live += self.zones[zone].len(node) - before;
-            self.counters.peak = self.counters.peak.max(self.live);
+            self.note_length(ticket);
             (self.zones[zone].start(node), before, self.zones[zone].len(node))
         })
     }
 
-    pub(super) fn note_peak(&mut self) {
-        self.counters.peak = self.counters.peak.max(self.live);
+    /// A block grew.
+    pub(super) fn note_length(&self, ticket: Ticket) {
+        if let Some((_, record)) = self.records.find(self.start(ticket)) {
+            record.set_len(self.len(ticket));
+        }
+    }
+
+    /// Notes that as many bytes are live as the books say, less `cached` at least.
+    #[inline]
+    pub(super) fn note_peak(&mut self, cached: impl FnOnce() -> usize) {
+        if self.live > self.counters.peak {
+            self.counters.peak = self.counters.peak.max(self.live.saturating_sub(cached()));
+        }
     }
 
     pub(super) fn note_source_call(&mut self) {
@@ -618,6 +680,15 @@ impl Core {
 
     /// Calls `visit` with place, size and lane of every live block.
     pub(super) fn for_each_live(&self, visit: &mut dyn FnMut(usize, usize, u16)) {
+        self.for_each_held(&mut |start, len, lane| {
+            if !self.is_cached(start) {
+                visit(start, len, lane);
+            }
+        });
+    }
+
+    /// The same, with those that caches hold.
+    fn for_each_held(&self, visit: &mut dyn FnMut(usize, usize, u16)) {
         for (zone, ranges) in self.zones.iter().enumerate() {
             ranges.for_each(&mut |range| {
                 if range.live
@@ -663,8 +734,8 @@ impl Core {
         self.counters.failed += 1;
     }
 
-    pub(super) fn reset_peak(&mut self) {
-        (self.counters.peak, self.counters.peak_reserved) = (self.live, self.reserved);
+    pub(super) fn reset_peak(&mut self, cached: usize) {
+        (self.counters.peak, self.counters.peak_reserved) = (self.live - cached, self.reserved);
     }
 
     pub(super) fn stats(&self) -> MemoryStats {
@@ -693,6 +764,7 @@ impl Core {
     /// Forgets all blocks; the caller vouches that all work is complete.
     pub(super) fn reset(&mut self) {
         self.shared.clear();
+        self.records.clear();
         if self.pieces.is_some() {
             self.reset_space();
         } else {
@@ -711,7 +783,7 @@ impl Core {
         self.zones.iter().try_for_each(Ranges::check)?;
         self.check_pieces()?;
         let mut live = 0;
-        self.for_each_live(&mut |_, len, _| live += len);
+        self.for_each_held(&mut |_, len, _| live += len);
         let spare = self.pieces.as_ref().map_or(0, Pieces::spare_bytes);
         if live != self.live || live + self.free_bytes() + spare != self.reserved {
             return Err(Broken { invariant: "live and free bytes add up to what is reserved", at: live });

@@ -3,6 +3,7 @@
 //! ```text
 //!   DeviceBuffer, DeviceVec, PinnedBuffer …      buffer, vec, host     typed, freed by ticket
 //!   GpuPool<K>                                   pool                  handles, growth, the memory ladder
+//!   Front                                        front                 caches by stream, no books
 //!   Core = zones of Ranges + Order               core, ranges, order   under one lock; plain numbers
 //!   Driver                                       driver/{cuda, sim}    a card, or a simulated one
 //! ```
@@ -16,6 +17,7 @@ mod capture;
 mod core;
 mod device;
 pub(crate) mod driver;
+mod front;
 mod host;
 #[cfg(feature = "cuda")]
 mod interop;

@@ -66,6 +66,10 @@ pub(super) enum Mutant {
     KeepNumbers,
     /// A range that takes in neighbours keeps the batch it had before.
     JoinUnderOldBatch,
+    /// What goes back from a cache is taken for complete.
+    CleanCaches,
+    /// All streams have one cache.
+    OneCache,
     /// Pieces of memory are moved although work on them may be in flight.
     MoveBusy,
 }

@@ -3,6 +3,7 @@
 //! mutant must be found out.
 
 use std::ptr::NonNull;
+use std::sync::atomic::Ordering::Relaxed;
 
 use super::driver::sim::{SimConfig, Touch};
 use super::order::Mutant;
@@ -46,6 +47,7 @@ fn program(seed: u64, steps: usize, mutant: Option<Mutant>, from: From) -> usize
     let limit = ([64, 128, 256][random.below(3)] << 10) * scale;
     let pool = DevicePool::new(&gpu, PoolConfig::default_gpu().max_size(limit)).unwrap();
     pool.inner.core.lock().order.mutant = mutant;
+    pool.inner.front.one_for_all.store(mutant == Some(Mutant::OneCache), Relaxed);
     let mut streams: Vec<Stream> = (0..3).map(|_| gpu.new_stream().unwrap()).collect();
     streams.push(gpu.default_stream());
     let mut live: Vec<Live> = Vec::new();
@@ -140,6 +142,8 @@ fn every_missing_step_is_found_out() {
         Mutant::NoSealAtClose,
         Mutant::KeepNumbers,
         Mutant::JoinUnderOldBatch,
+        Mutant::CleanCaches,
+        Mutant::OneCache,
         Mutant::MoveBusy,
     ];
     for mutant in mutants {

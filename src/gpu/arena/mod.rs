@@ -283,7 +283,7 @@ impl Core {
         let granules = (before / zone.bytes(1)) as u32 + plan.granules;
         zone.join_behind(ticket.node(), &nodes, granules);
         self.live += self.zones[plan.zone].len(ticket.node()) - before;
-        self.note_peak();
+        self.note_length(ticket);
         Ok(())
     }
 

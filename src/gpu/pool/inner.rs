@@ -12,6 +12,7 @@ use super::super::capture::Session;
 use super::super::core::{Ask, Core, LARGE, Placed, Ticket};
 use super::super::device::{GpuDevice, Member};
 use super::super::driver::Space;
+use super::super::front::{Front, Whose};
 use super::super::ranges::CLEAN;
 use super::super::stream::Stream;
 use super::options;
@@ -35,6 +36,8 @@ pub(in crate::gpu) struct Inner {
     source: Source,
     pub(super) config: PoolConfig,
     pub(super) name: String,
+    /// Asked before the books.
+    pub(in crate::gpu) front: Front,
     pub(in crate::gpu) core: Lock<Core>,
     pub(super) growth: Lock<()>,
     /// Whether the pool may hand nothing out any more. Changes under `growth` and `core`.
@@ -73,6 +76,7 @@ impl Inner {
             device: device.clone(),
             source,
             name: name.into(),
+            front: Front::new(shift, &config.strategy, core.records.clone()),
             core: Lock::new(core),
             growth: Lock::default(),
             closed: AtomicBool::new(false),
@@ -108,21 +112,50 @@ impl Inner {
             self.accept(stream)?;
         }
         let session = Self::session(stream)?;
+        let whose = Whose::of(stream, session.as_ref());
+        match whose.and_then(|whose| self.front.take(whose, rounded, align)) {
+            Some(placed) => Ok(placed),
+            None => self.take_from_books(rounded, align, stream, session, flags),
+        }
+    }
+
+    #[inline(never)]
+    fn take_from_books(
+        self: &Arc<Self>,
+        bytes: usize,
+        align: usize,
+        stream: Option<&Stream>,
+        session: Option<Arc<Session>>,
+        flags: AllocFlags,
+    ) -> Result<Placed> {
+        let whose = Whose::of(stream, session.as_ref());
+        let driver = &*self.device.0.driver;
         let mut core = self.core.lock();
         self.open()?;
         let lane = self.lane(&mut core, stream, session.as_ref())?;
-        let ask = Ask { bytes: rounded, align, lane };
-        let driver = &*self.device.0.driver;
-        match core.place(ask) {
-            Some(placed) => Ok(placed),
-            None => match core.place_slow(driver, ask) {
-                Some(placed) => Ok(placed),
-                None => {
-                    drop(core);
-                    self.take_growing(ask, flags)
-                }
-            },
+        let ask = Ask { bytes, align, lane };
+        let own = |core: &mut Core| whose.is_some_and(|whose| self.front.take_back(core, driver, whose));
+        let placed = core
+            .place(ask)
+            .or_else(|| own(&mut core).then(|| core.place(ask)).flatten())
+            .or_else(|| core.place_slow(driver, ask))
+            .or_else(|| {
+                self.front.take_all_back(&mut core, driver).then(|| core.place_slow(driver, ask)).flatten()
+            });
+        let placed = match placed {
+            Some(placed) => placed,
+            None => {
+                drop(core);
+                let placed = self.take_growing(ask, flags)?;
+                core = self.core.lock();
+                placed
+            }
+        };
+        core.note_peak(|| self.front.low());
+        if let Some(whose) = whose {
+            self.front.settle_low(whose);
         }
+        Ok(placed)
     }
 
     /// Says no to streams that cannot order this pool's memory.
@@ -135,7 +168,7 @@ impl Inner {
     /// The capture that what is done on `stream` now becomes part of. Asked before the books are locked and kept
     /// until after, since the last handle of a session goes through all pools.
     #[inline]
-    fn session(stream: Option<&Stream>) -> Result<Option<Arc<Session>>> {
+    pub(super) fn session(stream: Option<&Stream>) -> Result<Option<Arc<Session>>> {
         stream.map_or(Ok(None), Stream::capture_session)
     }
 
@@ -210,9 +243,11 @@ impl Inner {
 
     /// Looks once more for room, after something was freed.
     fn place_again(&self, ask: Ask) -> Result<Option<Placed>> {
+        let driver = &*self.device.0.driver;
         let mut core = self.core.lock();
         self.open()?;
-        Ok(core.place_slow(&*self.device.0.driver, ask))
+        self.front.take_all_back(&mut core, driver);
+        Ok(core.place_slow(driver, ask))
     }
 
     /// Waits until the work behind every free so far is complete.
@@ -220,6 +255,7 @@ impl Inner {
         let driver = &*self.device.0.driver;
         let events = {
             let mut core = self.core.lock();
+            self.front.take_all_back(&mut core, driver);
             core.seal_all(driver);
             core.order.last_events()
         };
@@ -327,6 +363,7 @@ impl Inner {
     fn settle_patiently(&self, core: &mut Core) {
         const ASKED: usize = 100;
         let driver = &*self.device.0.driver;
+        self.front.take_all_back(core, driver);
         core.seal_all(driver);
         for _ in 0..ASKED {
             core.settle(driver);
@@ -372,7 +409,9 @@ impl Inner {
         match error {
             Error::Cuda { code: OUT_OF_MEMORY, .. } => {
                 let free = self.device.memory_info().map_or(0, |(free, _)| free);
-                let reason = OomReason::Device { live: core.live, idle: core.free_bytes(), free };
+                let cached = self.front.bytes();
+                let (live, idle) = (core.live - cached, core.free_bytes() + cached);
+                let reason = OomReason::Device { live, idle, free };
                 Error::oom(requested, reason)
             }
             other => other,
@@ -380,23 +419,44 @@ impl Inner {
     }
 
     /// Frees a block on `stream`, or for the CPU.
-    pub(super) fn give_plain(self: &Arc<Self>, ticket: Ticket, stream: Option<&Stream>) {
-        let driver = &*self.device.0.driver;
+    pub(super) fn give_plain(self: &Arc<Self>, ticket: Ticket, start: usize, stream: Option<&Stream>) {
         let session = Self::session(stream);
+        let whose = session.as_ref().ok().and_then(|session| Whose::of(stream, session.as_ref()));
+        if !whose.is_some_and(|whose| self.front.give(whose, start, false)) {
+            self.give_to_books(ticket, stream, session.as_ref().map(Option::as_ref).map_err(|error| *error));
+        }
+    }
+
+    #[inline(never)]
+    fn give_to_books(
+        self: &Arc<Self>,
+        ticket: Ticket,
+        stream: Option<&Stream>,
+        session: Result<Option<&Arc<Session>>>,
+    ) {
+        let whose = session.ok().and_then(|session| Whose::of(stream, session));
+        let driver = &*self.device.0.driver;
         let mut core = self.core.lock();
-        let lanes = session.as_ref().map_err(|error| *error).and_then(|session| {
-            let lane = self.lane(&mut core, stream, session.as_ref())?;
+        // What caches handed out since made the peak perhaps.
+        core.note_peak(|| self.front.low());
+        let lanes = session.and_then(|session| {
+            let lane = self.lane(&mut core, stream, session)?;
             let captured = stream.filter(|_| session.is_some());
             Ok((lane, captured.map(|stream| core.lane_for(stream)).transpose()?))
         });
         // No lane is to be had only while 4093 streams are in use: then the device is waited for instead.
-        let (lane, before) = match lanes {
-            Ok(lanes) => lanes,
-            Err(_) if driver.device_sync().is_ok() => (CLEAN, None),
+        let (lane, before, whose) = match lanes {
+            Ok((lane, before)) => (lane, before, whose),
+            Err(_) if driver.device_sync().is_ok() => (CLEAN, None, None),
             // The context is lost; the block must not be reused.
             Err(_) => return,
         };
-        core.free(driver, ticket, lane, before);
+        if !whose.is_some_and(|whose| self.front.keep(&mut core, driver, whose, lane, ticket)) {
+            core.free(driver, ticket, lane, before);
+        }
+        if let Some(whose) = whose {
+            self.front.settle_low(whose);
+        }
     }
 
     /// Grows a block where it is, into what its stream (or the CPU) may use; returns its size then.
@@ -411,7 +471,9 @@ impl Inner {
         let (lane, grown) = {
             let mut core = self.core.lock();
             let lane = self.lane(&mut core, stream, session.as_ref()).ok()?;
-            (lane, core.grow(ticket, bytes, lane))
+            let grown = core.grow(ticket, bytes, lane);
+            core.note_peak(|| self.front.low());
+            (lane, grown)
         };
         let (start, before, len) = grown.or_else(|| self.grow_by_mapping(ticket, bytes, lane))?;
         self.tell_grown(start, before, len, stream);
@@ -432,6 +494,7 @@ impl Inner {
         let done = unsafe { self.source.fill(&*self.device.0.driver, &plan) };
         let mut core = self.core.lock();
         core.finish_growth(ticket, &plan, done).ok()?;
+        core.note_peak(|| self.front.low());
         Some((core.start(ticket), before, core.len(ticket)))
     }
 
@@ -464,6 +527,7 @@ impl Inner {
             {
                 let mut core = self.core.lock();
                 self.open()?;
+                self.front.take_all_back(&mut core, driver);
                 core.settle(driver);
                 if core.has_clean(ask.bytes) {
                     return Ok(());
@@ -474,6 +538,7 @@ impl Inner {
         let (need, want) = {
             let mut core = self.core.lock();
             self.open()?;
+            self.front.take_all_back(&mut core, driver);
             core.settle(driver);
             if core.has_clean(ask.bytes) {
                 return Ok(());
@@ -517,6 +582,7 @@ impl Inner {
         let mut given = 0;
         {
             let mut core = self.core.lock();
+            self.front.take_all_back(&mut core, driver);
             core.seal_all(driver);
             core.settle(driver);
             core.unnest();
@@ -579,7 +645,8 @@ impl Inner {
         let ticket = self.growth.lock();
         {
             self.empty_quarantine();
-            let core = self.core.lock();
+            let mut core = self.core.lock();
+            self.front.shut(&mut core, &*self.device.0.driver);
             match core.live_blocks() {
                 0 => self.closed.store(true, Ordering::Relaxed),
                 live => return Err(Error::InvalidOperation(Refusal::StillLive(live))),
@@ -598,18 +665,26 @@ impl Inner {
     pub(super) unsafe fn reset(&self) -> Result<()> {
         self.device.synchronize()?;
         self.forget_all();
-        self.core.lock().reset();
+        let mut core = self.core.lock();
+        self.front.forget();
+        core.reset();
         Ok(())
     }
 }
 
 impl Member for Inner {
     fn stream_closes(&self, slot: u32) {
-        self.core.lock().order.close(&*self.device.0.driver, slot);
+        let driver = &*self.device.0.driver;
+        let mut core = self.core.lock();
+        self.front.stream_ends(&mut core, driver, slot);
+        core.order.close(driver, slot);
     }
 
     fn device_waits(&self) {
-        self.core.lock().seal_all(&*self.device.0.driver);
+        let driver = &*self.device.0.driver;
+        let mut core = self.core.lock();
+        self.front.take_all_back(&mut core, driver);
+        core.seal_all(driver);
     }
 
     fn capture_ends(&self, id: u64) {

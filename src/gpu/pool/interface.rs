@@ -153,12 +153,14 @@ impl<K: MemoryKind> GpuPool<K> {
     /// Starts the peaks anew from what is current.
     pub fn reset_peak(&self) {
         self.inner.empty_quarantine();
-        self.inner.core.lock().reset_peak();
+        let mut core = self.inner.core.lock();
+        core.reset_peak(self.inner.front.bytes());
+        self.inner.front.settle_lows();
     }
 
     /// Switches the counting of requests on or off.
     pub fn set_tracking(&self, on: bool) {
-        self.inner.tracking.switch(on, Counts::of(&self.inner.core.lock().stats()));
+        self.inner.tracking.switch(on, Counts::of(&self.inner.counts()));
     }
 
     /// Whether requests are counted.
@@ -205,7 +207,8 @@ impl<K: MemoryKind> GpuPool<K> {
         };
         // Growth takes blocks and memory apart.
         let _growth = self.inner.growth.lock();
-        self.inner.core.lock().check().map_err(broken)
+        let core = self.inner.core.lock();
+        core.check().and_then(|()| self.inner.front.check(&core)).map_err(broken)
     }
 }
 

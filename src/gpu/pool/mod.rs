@@ -74,13 +74,12 @@ impl<K: MemoryKind> Clone for GpuPool<K> {
 
 impl<K: MemoryKind> fmt::Debug for GpuPool<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let core = self.inner.core.lock();
         f.debug_struct("GpuPool")
             .field("name", &self.inner.name)
             .field("memory", &K::TYPE)
             .field("device", &self.inner.device)
-            .field("live", &core.live)
-            .field("reserved", &core.reserved)
+            .field("live", &self.inner.live())
+            .field("reserved", &self.pool_size())
             .finish_non_exhaustive()
     }
 }
@@ -130,7 +129,7 @@ impl<K: MemoryKind> GpuPool<K> {
         flags: AllocFlags,
     ) -> Result<NonNull<[u8]>> {
         let placed = self.inner.take(bytes, align, stream, flags)?;
-        if !self.inner.core.lock().publish(placed.ticket) {
+        if !placed.published && !self.inner.core.lock().publish(placed.ticket) {
             self.inner.give(placed.ticket, placed.start, placed.len, stream);
             return Err(Error::oom(bytes, OomReason::Source));
         }
@@ -166,6 +165,9 @@ impl<K: MemoryKind> GpuPool<K> {
     }
 
     fn free_raw(&self, address: usize, stream: Option<&Stream>) -> Result<()> {
+        if self.inner.give_cached(address, stream) {
+            return Ok(());
+        }
         let (ticket, len) = self.inner.find(address).inspect_err(|_| self.inner.refuse(address))?;
         self.inner.give(ticket, address, len, stream);
         Ok(())
@@ -183,6 +185,7 @@ impl<K: MemoryKind> GpuPool<K> {
     pub fn process_deferred(&self) -> usize {
         let mut core = self.inner.core.lock();
         let driver = &*self.inner.device.0.driver;
+        self.inner.front.take_all_back(&mut core, driver);
         core.seal_all(driver);
         core.settle(driver);
         core.clean_bytes()
@@ -220,7 +223,7 @@ impl<K: MemoryKind> GpuPool<K> {
 
     /// Bytes live now.
     pub fn allocated_size(&self) -> usize {
-        self.inner.core.lock().live
+        self.inner.live()
     }
 
     /// Bytes held from the driver.
@@ -248,7 +251,7 @@ impl<K: MemoryKind> GpuPool<K> {
 
     /// Bytes of host memory that the pool's books take.
     pub fn metadata_size(&self) -> usize {
-        self.inner.core.lock().metadata_bytes()
+        self.inner.core.lock().metadata_bytes() + self.inner.front.metadata_bytes()
     }
 
     /// Sets what is asked when memory is short: it may free blocks, then returns `true` to try again. It is

@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use super::super::core::{Placed, Ticket};
 use super::super::device::GpuDevice;
+use super::super::front::Whose;
 use super::super::ranges::CLEAN;
 use super::super::stream::Stream;
 use super::Inner;
@@ -193,9 +194,16 @@ impl Inner {
         stream: Option<&Stream>,
     ) {
         match &self.watch {
-            None => self.give_plain(ticket, stream),
+            None => self.give_plain(ticket, start, stream),
             Some(watch) => self.give_watched(watch, ticket, start, len, stream),
         }
+    }
+
+    /// Frees a block of which the address is known, if a cache takes it and nobody watches.
+    #[inline]
+    pub(super) fn give_cached(&self, start: usize, stream: Option<&Stream>) -> bool {
+        let whose = || Whose::of(stream, Self::session(stream).ok()?.as_ref());
+        self.watch.is_none() && whose().is_some_and(|whose| self.front.give(whose, start, true))
     }
 
     #[cold]
@@ -233,7 +241,7 @@ impl Inner {
             layer.on_grow(grown);
         }
         self.tell_taken(watch, placed, stream);
-        let Placed { ticket, start, len } = placed;
+        let Placed { ticket, start, len, .. } = placed;
         if !layer.in_place() {
             // The stream's earlier work on this memory must be over before the layer writes to it (invariant 2).
             let ready = self.finish(stream).and_then(|()| match self.core.lock().publish(ticket) {
@@ -242,13 +250,13 @@ impl Inner {
             });
             if let Err(error) = ready {
                 self.tell_freed(watch, start, len);
-                self.give_plain(ticket, stream);
+                self.give_plain(ticket, start, stream);
                 return Err(error);
             }
         }
         // SAFETY: the block was just cut, and all work on it is complete.
         let block = unsafe { layer.on_alloc(asked, Block { start, size: len, dirty: len }) };
-        Ok(Placed { ticket, start: block.start, len: block.size })
+        Ok(Placed { ticket, start: block.start, len: block.size, published: placed.published })
     }
 
     #[cold]
@@ -280,7 +288,7 @@ impl Inner {
             if waited {
                 self.give_clean(ticket)
             } else {
-                self.give_plain(ticket, stream)
+                self.give_plain(ticket, start, stream)
             }
             return;
         };
@@ -288,7 +296,7 @@ impl Inner {
             // Into a graph, or behind a device that cannot be waited for.
             if let Some(inner) = layer.let_through(start) {
                 self.tell_freed(watch, inner, len);
-                self.give_plain(ticket, stream);
+                self.give_plain(ticket, inner, stream);
             }
             return;
         }
@@ -424,11 +432,27 @@ impl Inner {
     pub(super) fn live_blocks(&self) -> usize {
         let held =
             self.watch.as_ref().and_then(|watch| watch.layer.as_ref()).map_or(0, |layer| layer.held().0);
-        self.core.lock().live_blocks().saturating_sub(held)
+        let core = self.core.lock();
+        core.live_blocks().saturating_sub(self.front.blocks()).saturating_sub(held)
+    }
+
+    /// What books and caches counted.
+    pub(super) fn counts(&self) -> MemoryStats {
+        let mut core = self.core.lock();
+        core.note_peak(|| self.front.low());
+        let mut stats = core.stats();
+        self.front.add_to(&mut stats);
+        stats
+    }
+
+    /// Bytes live now.
+    pub(super) fn live(&self) -> usize {
+        let core = self.core.lock();
+        core.live.saturating_sub(self.front.bytes())
     }
 
     pub(super) fn stats(&self) -> MemoryStats {
-        let mut stats = self.core.lock().stats();
+        let mut stats = self.counts();
         self.tracking.show(&mut stats);
         let layer = self.watch.as_ref().and_then(|watch| watch.layer.as_ref());
         if let Some(layer) = layer {

@@ -1,0 +1,171 @@
+//! The blocks that one stream freed and may have again at once.
+
+use super::super::ranges::CLEAN;
+use crate::base::stats::HISTOGRAM_BUCKETS;
+use crate::base::sync::Lock;
+use crate::base::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// Bins by a hash of the size.
+const BINS: usize = 64;
+/// Most blocks in a bin.
+pub(super) const DEPTH: usize = 8;
+
+/// A cached block: the number of its record, and its size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) record: u32,
+    pub(super) granules: u32,
+}
+
+/// Blocks of a few sizes, the oldest first.
+#[derive(Clone, Copy, Debug, Default)]
+struct Bin {
+    count: usize,
+    entries: [Entry; DEPTH],
+}
+
+impl Bin {
+    fn remove(&mut self, at: usize) -> Entry {
+        let entry = self.entries[at];
+        self.entries.copy_within(at + 1..self.count, at);
+        self.count -= 1;
+        entry
+    }
+}
+
+/// What requests that a cache served add up to.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Served {
+    pub(super) allocations: u64,
+    pub(super) frees: u64,
+    pub(super) bytes: u64,
+    pub(super) histogram: [u64; HISTOGRAM_BUCKETS],
+}
+
+/// What a cache holds.
+#[derive(Debug)]
+pub(super) struct Bins {
+    /// Whether blocks may be put in and taken out without the pool's lock.
+    pub(super) open: bool,
+    /// The lane of the stream, while the cache is open.
+    pub(super) lane: u16,
+    pub(super) served: Served,
+    /// Where to look next for something to give up.
+    hand: usize,
+    bins: [Bin; BINS],
+}
+
+fn bin_of(granules: u32) -> usize {
+    (granules.wrapping_mul(0x9E37_79B1) >> (u32::BITS - BINS.ilog2())) as usize
+}
+
+impl Bins {
+    /// The youngest block of this size that `fits`; it is taken out.
+    #[inline]
+    pub(super) fn pop(&mut self, granules: u32, fits: impl Fn(u32) -> bool) -> Option<Entry> {
+        let bin = &mut self.bins[bin_of(granules)];
+        let fitting = |entry: &Entry| entry.granules == granules && fits(entry.record);
+        let at = bin.entries[..bin.count].iter().rposition(fitting)?;
+        Some(bin.remove(at))
+    }
+
+    /// Puts a block in; false where its bin is full.
+    #[inline]
+    pub(super) fn push(&mut self, entry: Entry) -> bool {
+        let bin = &mut self.bins[bin_of(entry.granules)];
+        let room = bin.count < DEPTH;
+        if room {
+            bin.entries[bin.count] = entry;
+            bin.count += 1;
+        }
+        room
+    }
+
+    /// Takes out the oldest block of the bin that a size falls in.
+    pub(super) fn pop_oldest(&mut self, granules: u32) -> Option<Entry> {
+        let bin = &mut self.bins[bin_of(granules)];
+        (bin.count != 0).then(|| bin.remove(0))
+    }
+
+    /// Takes out some block, bin by bin.
+    pub(super) fn pop_any(&mut self) -> Option<Entry> {
+        for _ in 0..BINS {
+            let bin = &mut self.bins[self.hand];
+            if bin.count != 0 {
+                return Some(bin.remove(0));
+            }
+            self.hand = (self.hand + 1) % BINS;
+        }
+        None
+    }
+
+    /// All blocks, by bin.
+    pub(super) fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
+        self.bins.iter().flat_map(|bin| bin.entries[..bin.count].iter().copied())
+    }
+}
+
+/// The cache of one stream, or of the CPU.
+#[derive(Debug)]
+#[repr(align(128))]
+pub(super) struct Cache {
+    pub(super) bins: Lock<Bins>,
+    /// Bytes cached; changes while `bins` is locked.
+    bytes: AtomicUsize,
+    blocks: AtomicUsize,
+    /// The least that `bytes` was since [`settle_low`](Self::settle_low).
+    low: AtomicUsize,
+}
+
+impl Cache {
+    pub(super) fn new() -> Self {
+        let bins = Bins {
+            open: false,
+            lane: CLEAN,
+            served: Served::default(),
+            hand: 0,
+            bins: [Bin::default(); BINS],
+        };
+        Self {
+            bins: Lock::new(bins),
+            bytes: AtomicUsize::new(0),
+            blocks: AtomicUsize::new(0),
+            low: AtomicUsize::new(0),
+        }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes.load(Relaxed)
+    }
+
+    pub(super) fn blocks(&self) -> usize {
+        self.blocks.load(Relaxed)
+    }
+
+    pub(super) fn low(&self) -> usize {
+        self.low.load(Relaxed)
+    }
+
+    /// A block was put in.
+    #[inline]
+    pub(super) fn more(&self, len: usize) {
+        self.bytes.store(self.bytes() + len, Relaxed);
+        self.blocks.store(self.blocks() + 1, Relaxed);
+    }
+
+    /// A block was taken out.
+    #[inline]
+    pub(super) fn less(&self, len: usize) {
+        let bytes = self.bytes() - len;
+        self.bytes.store(bytes, Relaxed);
+        self.blocks.store(self.blocks() - 1, Relaxed);
+        if bytes < self.low() {
+            self.low.store(bytes, Relaxed);
+        }
+    }
+
+    /// Begins anew to look for the least.
+    pub(super) fn settle_low(&self) {
+        self.low.store(self.bytes(), Relaxed);
+    }
+}

@@ -1,0 +1,416 @@
+//! Caches in front of a pool's books: the common pair of allocation and free takes one uncontended lock and looks
+//! at one record.
+//!
+//! ```text
+//!   take ─► cache of the stream ─► block of that very size              no books, no driver
+//!              │ nothing there
+//!              ▼
+//!           books (under the pool's lock) ─► what this cache holds goes back, again ─► what all hold, again ─► driver
+//!
+//!   give ─► record of the address ─► cache of the stream                no books, no driver
+//!              │ none yet, or no room
+//!              ▼
+//!           books: makes a record; what must give way goes back, several at a time
+//! ```
+//! A cache belongs to a stream (by its slot), or to the CPU, of which there are several so that threads seldom meet.
+//! A stream is usually one thread's, and then so is its cache; where two threads share a stream, what one frees the
+//! other finds. Who finds a cache locked goes to the books instead and waits for nobody. Since no thread owns a cache,
+//! nothing happens when a thread ends.
+//!
+//! To the books a cached block is live; it is free to everybody else, who see [`Records`]. Blocks are cached after their
+//! first free, of which the record is made.
+//!
+//! Invariants
+//! 1. A cache holds blocks that were freed on its stream and on no other (or, the CPU's, of which all work is complete),
+//!    and hands them out for that stream alone. So no reuse needs an event.
+//! 2. What goes back to the books is freed there on the stream's lane, then: its open batch covers all earlier work.
+//! 3. A stream's cache is emptied and shut before its slot is given on. Blocks of graph captures, and blocks that other
+//!    streams use, never come here.
+//! 4. Everything cached goes back before memory is asked of the driver, or given to it.
+//! 5. Caches are locked after the books and hold no other lock, so whoever waits for one waits for a few instructions.
+
+#![forbid(unsafe_code)]
+
+mod cache;
+mod records;
+
+use core::cell::Cell;
+use std::sync::{Arc, OnceLock};
+
+use super::capture::Session;
+use super::core::{Core, Placed, Ticket};
+use super::driver::Driver;
+use super::stream::Stream;
+use crate::base::policy::Strategy;
+use crate::base::stats::MemoryStats;
+use crate::base::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use crate::engine::Broken;
+
+pub(super) use records::{CACHED, PUBLISHED, Records, SHARED};
+
+use cache::{Cache, DEPTH, Entry};
+
+/// Blocks up to this size are cached.
+const MOST_BYTES: usize = 256 << 20;
+/// A cache holds this many bytes at most, ...
+const LEAST_CAP: usize = MOST_BYTES;
+/// ... or this part of the pool if that is more.
+const PART: usize = 16;
+/// Slots come in rows, each made when one of its streams caches something.
+const ROW: usize = 64;
+/// Caches of the CPU.
+const WAYS: usize = 16;
+
+/// Whose cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// A stream's, by its slot.
+    Stream(u32),
+    /// The CPU's; which one depends on the thread.
+    Cpu,
+}
+
+impl Whose {
+    /// `None` where the stream is captured.
+    #[inline]
+    pub(super) fn of(stream: Option<&Stream>, session: Option<&Arc<Session>>) -> Option<Self> {
+        match (stream, session) {
+            (None, _) => Some(Self::Cpu),
+            (Some(stream), None) => Some(Self::Stream(stream.slot())),
+            (Some(_), Some(_)) => None,
+        }
+    }
+}
+
+type Row = Box<[OnceLock<Box<Cache>>]>;
+
+fn row(len: usize) -> Row {
+    std::iter::repeat_with(OnceLock::new).take(len).collect()
+}
+
+/// The number of the calling thread, for a share of the CPU's caches.
+#[inline]
+fn way() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static WAY: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+    let known = WAY.get();
+    if known != usize::MAX {
+        return known;
+    }
+    let fresh = NEXT.fetch_add(1, Relaxed) % WAYS;
+    WAY.set(fresh);
+    fresh
+}
+
+/// The caches of a pool.
+#[derive(Debug)]
+pub(super) struct Front {
+    shift: u32,
+    /// Largest block to be cached; 0 where nothing is.
+    most: usize,
+    /// Most bytes in a cache.
+    cap: AtomicUsize,
+    rows: Box<[OnceLock<Row>]>,
+    cpu: Row,
+    records: Arc<Records>,
+    /// A test lets all streams have one cache, to see that the detector notices.
+    #[cfg(test)]
+    pub(super) one_for_all: core::sync::atomic::AtomicBool,
+}
+
+impl Front {
+    /// For memory in granules of `1 << shift` bytes. A strategy that chooses by place is asked about every block, so
+    /// nothing is cached then.
+    pub(super) fn new(shift: u32, strategy: &Strategy, records: Arc<Records>) -> Self {
+        let by_size = matches!(strategy, Strategy::Segregated | Strategy::BestFit);
+        Self {
+            shift,
+            most: if by_size { MOST_BYTES } else { 0 },
+            cap: AtomicUsize::new(LEAST_CAP),
+            rows: std::iter::repeat_with(OnceLock::new).take(ROW).collect(),
+            cpu: row(WAYS),
+            records,
+            #[cfg(test)]
+            one_for_all: false.into(),
+        }
+    }
+
+    fn cell(&self, whose: Whose, make: bool) -> Option<&OnceLock<Box<Cache>>> {
+        #[cfg(test)]
+        let whose = match whose {
+            Whose::Stream(_) if self.one_for_all.load(Relaxed) => Whose::Stream(0),
+            whose => whose,
+        };
+        match whose {
+            Whose::Cpu => self.cpu.get(way()),
+            Whose::Stream(slot) => {
+                let cells = self.rows.get(slot as usize / ROW)?;
+                let cells = if make { cells.get_or_init(|| row(ROW)) } else { cells.get()? };
+                cells.get(slot as usize % ROW)
+            }
+        }
+    }
+
+    #[inline]
+    fn cache(&self, whose: Whose) -> Option<&Cache> {
+        self.cell(whose, false)?.get().map(|cache| &**cache)
+    }
+
+    fn caches(&self) -> impl Iterator<Item = &Cache> {
+        let streams = self.rows.iter().filter_map(OnceLock::get).flatten();
+        streams.chain(&self.cpu).filter_map(|cell| cell.get().map(|cache| &**cache))
+    }
+
+    /// A cached block for a request of `bytes`, rounded as the pool rounds them.
+    #[inline]
+    pub(super) fn take(&self, whose: Whose, bytes: usize, align: usize) -> Option<Placed> {
+        let cache = self.cache(whose)?;
+        let granules = u32::try_from(bytes.checked_add((1 << self.shift) - 1)? >> self.shift).ok()?;
+        let mut bins = cache.bins.try_lock()?;
+        let fits = |number| {
+            align <= 1 << self.shift
+                || self.records.get(number).is_some_and(|record| record.start().is_multiple_of(align))
+        };
+        let entry = bins.pop(granules, fits)?;
+        let record = self.records.get(entry.record)?;
+        let (start, len) = (record.start(), record.len());
+        record.set(CACHED, false);
+        cache.less(len);
+        let served = &mut bins.served;
+        served.allocations += 1;
+        served.bytes += len as u64;
+        served.histogram[MemoryStats::bucket(bytes)] += 1;
+        let published = record.flags() & PUBLISHED != 0;
+        Some(Placed { ticket: record.ticket(), start, len, published })
+    }
+
+    /// Caches a block that is freed, if that takes no more than this; `by_address` where its address is all that is
+    /// known of it.
+    #[inline]
+    pub(super) fn give(&self, whose: Whose, start: usize, by_address: bool) -> bool {
+        let Some(cache) = self.cache(whose) else { return false };
+        let Some((number, record)) = self.records.find(start) else { return false };
+        let known = record.flags();
+        if known & (CACHED | SHARED) != 0 || by_address && known & PUBLISHED == 0 {
+            return false;
+        }
+        let len = record.len();
+        let Some(mut bins) = cache.bins.try_lock() else { return false };
+        let entry = Entry { record: number, granules: (len >> self.shift) as u32 };
+        if !bins.open || cache.bytes() + len > self.cap.load(Relaxed) || !bins.push(entry) {
+            return false;
+        }
+        record.set(CACHED, true);
+        cache.more(len);
+        bins.served.frees += 1;
+        true
+    }
+
+    /// Caches a block that is freed on `lane`, and lets others give way; false where it must go to the books.
+    pub(super) fn keep(
+        &self,
+        core: &mut Core,
+        driver: &dyn Driver,
+        whose: Whose,
+        lane: u16,
+        ticket: Ticket,
+    ) -> bool {
+        let (start, len) = (core.start(ticket), core.len(ticket));
+        self.cap.store(LEAST_CAP.max(core.reserved / PART), Relaxed);
+        if len > self.most || core.is_shared(ticket) || core.is_private(ticket, lane) {
+            return false;
+        }
+        let flags = if core.is_published(ticket) { PUBLISHED } else { 0 };
+        let record = self.records.find(start).or_else(|| self.records.add(start, len, ticket, flags));
+        let Some((number, record)) = record else { return false };
+        let Some(cell) = self.cell(whose, true) else {
+            self.records.remove(start);
+            return false;
+        };
+        let cache = &**cell.get_or_init(|| Box::new(Cache::new()));
+        let mut bins = cache.bins.lock();
+        (bins.open, bins.lane) = (true, lane);
+        while cache.bytes() + len > self.cap.load(Relaxed) {
+            let Some(entry) = bins.pop_any() else { break };
+            self.put_back(core, driver, cache, lane, entry);
+        }
+        let entry = Entry { record: number, granules: (len >> self.shift) as u32 };
+        if !bins.push(entry) {
+            for _ in 0..DEPTH / 2 {
+                if let Some(oldest) = bins.pop_oldest(entry.granules) {
+                    self.put_back(core, driver, cache, lane, oldest);
+                }
+            }
+            bins.push(entry);
+        }
+        record.set(CACHED, true);
+        cache.more(len);
+        bins.served.frees += 1;
+        true
+    }
+
+    /// Frees a block that was taken out of a cache (invariant 2).
+    fn put_back(&self, core: &mut Core, driver: &dyn Driver, cache: &Cache, lane: u16, entry: Entry) {
+        let Some(record) = self.records.get(entry.record) else { return };
+        cache.less(record.len());
+        #[cfg(test)]
+        let lane = match core.order.mutant {
+            Some(super::order::Mutant::CleanCaches) => super::ranges::CLEAN,
+            _ => lane,
+        };
+        core.release(driver, record.ticket(), lane, None);
+    }
+
+    fn empty(&self, core: &mut Core, driver: &dyn Driver, cache: &Cache) -> bool {
+        if cache.blocks() == 0 {
+            return false;
+        }
+        let mut bins = cache.bins.lock();
+        let mut any = false;
+        while let Some(entry) = bins.pop_any() {
+            self.put_back(core, driver, cache, bins.lane, entry);
+            any = true;
+        }
+        any
+    }
+
+    /// What one cache holds goes back to the books; whether there was anything.
+    pub(super) fn take_back(&self, core: &mut Core, driver: &dyn Driver, whose: Whose) -> bool {
+        self.cache(whose).is_some_and(|cache| self.empty(core, driver, cache))
+    }
+
+    /// What all caches hold goes back to the books; whether there was anything.
+    pub(super) fn take_all_back(&self, core: &mut Core, driver: &dyn Driver) -> bool {
+        self.caches().fold(false, |any, cache| self.empty(core, driver, cache) | any)
+    }
+
+    /// A stream ends (invariant 3).
+    pub(super) fn stream_ends(&self, core: &mut Core, driver: &dyn Driver, slot: u32) {
+        let Some(cache) = self.cache(Whose::Stream(slot)) else { return };
+        self.empty(core, driver, cache);
+        cache.bins.lock().open = false;
+    }
+
+    /// Empties all caches and shuts them; [`keep`](Self::keep) opens them again.
+    pub(super) fn shut(&self, core: &mut Core, driver: &dyn Driver) {
+        for cache in self.caches() {
+            self.empty(core, driver, cache);
+            cache.bins.lock().open = false;
+        }
+        // Whoever was quicker than that.
+        self.take_all_back(core, driver);
+    }
+
+    /// Forgets what is cached; the books forget it as well.
+    pub(super) fn forget(&self) {
+        for cache in self.caches() {
+            let mut bins = cache.bins.lock();
+            while let Some(entry) = bins.pop_any() {
+                cache.less(self.records.get(entry.record).map_or(0, |record| record.len()));
+            }
+            bins.served.frees = bins.served.allocations;
+        }
+    }
+
+    /// Bytes cached.
+    pub(super) fn bytes(&self) -> usize {
+        self.caches().map(Cache::bytes).sum()
+    }
+
+    /// Blocks cached.
+    pub(super) fn blocks(&self) -> usize {
+        self.caches().map(Cache::blocks).sum()
+    }
+
+    /// No more bytes were live than are live to the books, less these, since each stream last went to the books.
+    pub(super) fn low(&self) -> usize {
+        self.caches().map(Cache::low).sum()
+    }
+
+    /// The peak was noted: the least is looked for from now on.
+    pub(super) fn settle_low(&self, whose: Whose) {
+        if let Some(cache) = self.cache(whose) {
+            let _bins = cache.bins.lock();
+            cache.settle_low();
+        }
+    }
+
+    /// The same for all caches.
+    pub(super) fn settle_lows(&self) {
+        for cache in self.caches() {
+            let _bins = cache.bins.lock();
+            cache.settle_low();
+        }
+    }
+
+    /// Adds what the caches served to the counts of the books.
+    pub(super) fn add_to(&self, stats: &mut MemoryStats) {
+        for cache in self.caches() {
+            let served = cache.bins.lock().served;
+            stats.allocation_count += served.allocations;
+            stats.deallocation_count += served.frees;
+            stats.total_allocated += served.bytes;
+            stats.cache_hits += served.allocations;
+            for (all, cached) in stats.size_histogram.iter_mut().zip(served.histogram) {
+                *all += cached;
+            }
+        }
+        let cached = self.bytes();
+        stats.current_allocated -= cached.min(stats.current_allocated);
+        stats.free += cached;
+        self.records.for_each(&mut |record| {
+            if record.flags() & CACHED != 0 {
+                stats.largest_free = stats.largest_free.max(record.len());
+            }
+        });
+    }
+
+    pub(super) fn metadata_bytes(&self) -> usize {
+        self.caches().count() * size_of::<Cache>() + self.records.metadata_bytes()
+    }
+
+    /// Walks the invariants of the caches; the books are locked.
+    pub(super) fn check(&self, core: &Core) -> Result<(), Broken> {
+        let (mut cached, mut bytes) = (0, 0);
+        for cache in self.caches() {
+            let bins = cache.bins.lock();
+            let (mut blocks, mut sum) = (0, 0);
+            for entry in bins.entries() {
+                let Some(record) = self.records.get(entry.record) else { continue };
+                let at = record.start();
+                if record.flags() & (CACHED | SHARED) != CACHED
+                    || record.len() >> self.shift != entry.granules as usize
+                {
+                    return Err(Broken { invariant: "what lies in a cache is cached", at });
+                }
+                blocks += 1;
+                sum += record.len();
+            }
+            if (blocks, sum) != (cache.blocks(), cache.bytes()) || blocks != 0 && !bins.open {
+                return Err(Broken { invariant: "a cache counts what it holds", at: sum });
+            }
+            cached += blocks;
+            bytes += sum;
+        }
+        let mut broken = None;
+        self.records.for_each(&mut |record| {
+            let (ticket, at) = (record.ticket(), record.start());
+            if !core.is_live(ticket) || (core.start(ticket), core.len(ticket)) != (at, record.len()) {
+                broken = Some(Broken { invariant: "a record is of a live block", at });
+            }
+            if record.flags() & CACHED != 0 {
+                cached -= 1;
+                bytes -= record.len();
+            }
+        });
+        match broken {
+            Some(broken) => Err(broken),
+            None if (cached, bytes) != (0, 0) => {
+                Err(Broken { invariant: "what is cached lies in one cache", at: bytes })
+            }
+            None => Ok(()),
+        }
+    }
+}
