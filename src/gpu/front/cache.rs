@@ -99,6 +99,20 @@ impl Bins {
         None
     }
 
+    /// Takes out the blocks that `wanted` accepts.
+    pub(super) fn extract(&mut self, wanted: impl Fn(u32) -> bool, out: &mut dyn FnMut(Entry)) {
+        for bin in &mut self.bins {
+            let mut at = 0;
+            while at < bin.count {
+                if wanted(bin.entries[at].record) {
+                    out(bin.remove(at));
+                } else {
+                    at += 1;
+                }
+            }
+        }
+    }
+
     /// All blocks, by bin.
     pub(super) fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
         self.bins.iter().flat_map(|bin| bin.entries[..bin.count].iter().copied())

@@ -5,7 +5,8 @@
 //!   take ─► cache of the stream ─► block of that very size              no books, no driver
 //!              │ nothing there
 //!              ▼
-//!           books (under the pool's lock) ─► what this cache holds goes back, again ─► what all hold, again ─► driver
+//!           what this cache holds of such sizes goes back ─► books, under the pool's lock ─► what all caches hold
+//!           goes back ─► books ─► driver
 //!
 //!   give ─► record of the address ─► cache of the stream                no books, no driver
 //!              │ none yet, or no room
@@ -276,9 +277,13 @@ impl Front {
         any
     }
 
-    /// What one cache holds goes back to the books; whether there was anything.
-    pub(super) fn take_back(&self, core: &mut Core, driver: &dyn Driver, whose: Whose) -> bool {
-        self.cache(whose).is_some_and(|cache| self.empty(core, driver, cache))
+    /// What one cache holds of a zone goes back to the books.
+    pub(super) fn take_back(&self, core: &mut Core, driver: &dyn Driver, whose: Whose, zone: usize) {
+        let Some(cache) = self.cache(whose).filter(|cache| cache.blocks() != 0) else { return };
+        let of_zone = |number| self.records.get(number).is_some_and(|record| record.ticket().zone() == zone);
+        let mut bins = cache.bins.lock();
+        let lane = bins.lane;
+        bins.extract(of_zone, &mut |entry| self.put_back(core, driver, cache, lane, entry));
     }
 
     /// What all caches hold goes back to the books; whether there was anything.

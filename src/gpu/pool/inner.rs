@@ -134,14 +134,14 @@ impl Inner {
         self.open()?;
         let lane = self.lane(&mut core, stream, session.as_ref())?;
         let ask = Ask { bytes, align, lane };
-        let own = |core: &mut Core| whose.is_some_and(|whose| self.front.take_back(core, driver, whose));
-        let placed = core
-            .place(ask)
-            .or_else(|| own(&mut core).then(|| core.place(ask)).flatten())
-            .or_else(|| core.place_slow(driver, ask))
-            .or_else(|| {
-                self.front.take_all_back(&mut core, driver).then(|| core.place_slow(driver, ask)).flatten()
-            });
+        // What this stream freed joins its neighbours, or the best fit would not be seen.
+        if let Some(whose) = whose {
+            let zone = core.zone_of(bytes);
+            self.front.take_back(&mut core, driver, whose, zone);
+        }
+        let placed = core.place(ask).or_else(|| core.place_slow(driver, ask)).or_else(|| {
+            self.front.take_all_back(&mut core, driver).then(|| core.place_slow(driver, ask)).flatten()
+        });
         let placed = match placed {
             Some(placed) => placed,
             None => {
