@@ -97,9 +97,9 @@ impl GlobalPool {
         }
         // A block of no bytes is aligned as well.
         let size = if align > heap::MIN_ALIGN { size.max(1) } else { size };
-        match heap::of_layout(size, align) {
+        match heap::of_small(size, align) {
             Some(class) => process::alloc(class, align, Asker::Program(&self.config)),
-            None => process::alloc_big(size, align, Asker::Program(&self.config)).0,
+            None => obtain_other(size, align, Asker::Program(&self.config)),
         }
     }
 
@@ -249,16 +249,16 @@ unsafe fn realloc_slow(pool: &GlobalPool, ptr: *mut u8, layout: Layout, new_size
 fn obtain(layout: Layout, asker: Asker<'_>) -> *mut u8 {
     match heap::of_small(layout.size(), layout.align()) {
         Some(class) => process::alloc(class, layout.align(), asker),
-        None => obtain_other(layout, asker),
+        None => obtain_other(layout.size(), layout.align(), asker),
     }
 }
 
 /// Larger blocks and unusual alignments: apart, so that the path of the small ones is short.
 #[inline(never)]
-fn obtain_other(layout: Layout, asker: Asker<'_>) -> *mut u8 {
-    match heap::of_layout(layout.size(), layout.align()) {
-        Some(class) => process::alloc(class, layout.align(), asker),
-        None => process::alloc_big(layout.size(), layout.align(), asker).0,
+fn obtain_other(size: usize, align: usize, asker: Asker<'_>) -> *mut u8 {
+    match heap::of_layout(size, align) {
+        Some(class) => process::alloc(class, align, asker),
+        None => process::alloc_big(size, align, asker).0,
     }
 }
 

@@ -9,20 +9,26 @@ pub(crate) const COUNT: usize = 80;
 pub(crate) const MAX: usize = 64 << 10;
 /// Alignment that every block has.
 pub(crate) const MIN_ALIGN: usize = 16;
-/// Requests up to this size find their class in a table, the others by arithmetic.
-const TABLE_MAX: usize = 4096;
-static TABLE: [u8; TABLE_MAX / MIN_ALIGN + 1] = {
-    let mut table = [0; TABLE_MAX / MIN_ALIGN + 1];
+/// Requests below this size find their class in the fine table, the others in the coarse one.
+const FINE_END: usize = 16 << 10;
+/// Classes from `FINE_END` on lie this far apart, or farther.
+const COARSE_STEP: usize = 1024;
+
+static FINE: [u8; FINE_END / MIN_ALIGN + 1] = table(MIN_ALIGN);
+static COARSE: [u8; MAX / COARSE_STEP + 1] = table(COARSE_STEP);
+
+/// The class of each multiple of `step`.
+const fn table<const N: usize>(step: usize) -> [u8; N] {
+    let mut table = [0; N];
     let mut at = 1;
-    while at < table.len() {
-        table[at] = compute(at * MIN_ALIGN) as u8;
+    while at < N {
+        table[at] = compute(at * step) as u8;
         at += 1;
     }
     table
-};
+}
 
 /// The class by arithmetic: the position of the leading bit chooses the doubling, the next three the step.
-#[inline(always)]
 const fn compute(size: usize) -> usize {
     let last = size - 1;
     let shift = (last | 128).ilog2() as usize - 3;
@@ -33,18 +39,20 @@ const fn compute(size: usize) -> usize {
 #[inline(always)]
 pub(crate) fn of(size: usize) -> usize {
     debug_assert!(size <= MAX);
-    if size <= TABLE_MAX {
-        TABLE[size.wrapping_add(MIN_ALIGN - 1) / MIN_ALIGN] as usize
+    if size < FINE_END {
+        FINE[size.wrapping_add(MIN_ALIGN - 1) / MIN_ALIGN] as usize
     } else {
-        compute(size)
+        COARSE[size.wrapping_add(COARSE_STEP - 1) / COARSE_STEP] as usize
     }
 }
 
 /// The class of a small request, which is what fast paths serve themselves; `None` leaves it to [`of_layout`].
 #[inline(always)]
 pub(crate) fn of_small(size: usize, align: usize) -> Option<usize> {
-    if align <= MIN_ALIGN && size <= TABLE_MAX {
-        Some(TABLE[size.wrapping_add(MIN_ALIGN - 1) / MIN_ALIGN] as usize)
+    // One comparison for both: a power of two above `MIN_ALIGN` has none of the lower bits, and becomes huge.
+    let unaligned = (align & (2 * MIN_ALIGN - 1)).wrapping_sub(1);
+    if size | unaligned < FINE_END {
+        Some(FINE[size.wrapping_add(MIN_ALIGN - 1) / MIN_ALIGN] as usize)
     } else {
         None
     }

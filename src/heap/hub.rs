@@ -13,7 +13,8 @@ use super::large::{Buried, Larges};
 use super::list::List;
 use super::lock::SpinLock;
 use super::registry;
-use super::segment::{HEADER, SEGMENT, SLICE, Segment, Segments};
+use super::regret::Regret;
+use super::segment::{HEADER, SEGMENT, SLICE, Segment, Segments, run};
 use super::settings::{Part, Settings};
 use super::thread::ThreadHeap;
 use crate::base::heap_config::HeapConfig;
@@ -48,6 +49,9 @@ pub(crate) struct Hub {
     pub(super) settings: Settings,
     /// Spans with a guard page.
     pub(super) guards: AtomicUsize,
+    pub(super) regret: Regret,
+    /// Heaps that were made: threads that ran at once.
+    heaps: AtomicUsize,
     next_hub: AtomicPtr<Hub>,
     /// Calls to the operating system that are let through before one fails; `u64::MAX` for all.
     #[cfg(test)]
@@ -89,7 +93,7 @@ pub(super) struct Shared {
     /// registry has the rest.
     all_segments: usize,
     bare: [usize; 2],
-    heaps: usize,
+    /// Idle memory in segments that nobody owns, vacant and abandoned.
     warm: usize,
 }
 
@@ -121,7 +125,6 @@ impl Hub {
                 all_heaps: ptr::null(),
                 all_segments: 0,
                 bare: [0; 2],
-                heaps: 0,
                 warm: 0,
             }),
             late: SpinLock::new(LateHeap(Cell::new(ptr::null()))),
@@ -137,6 +140,8 @@ impl Hub {
             trims: AtomicU32::new(0),
             settings: Settings::new(),
             guards: AtomicUsize::new(0),
+            regret: Regret::new(),
+            heaps: AtomicUsize::new(0),
             next_hub: AtomicPtr::new(ptr::null_mut()),
             #[cfg(test)]
             fail_after: AtomicU64::new(u64::MAX),
@@ -191,7 +196,24 @@ impl Hub {
     pub(super) unsafe fn discard(&self, base: *mut u8, len: usize) -> bool {
         self.count_call();
         // SAFETY: the caller's contract.
-        self.let_through() && ptr::NonNull::new(base).is_some_and(|base| unsafe { os::discard(base, len) })
+        let done = self.let_through()
+            && ptr::NonNull::new(base).is_some_and(|base| unsafe { os::discard(base, len) });
+        if done {
+            self.regret.gave(len, self.threads(), self.settings.regret());
+        }
+        done
+    }
+
+    /// Takes notice that `bytes` will be used that hold no memory yet.
+    pub(super) fn took(&self, bytes: usize) {
+        if bytes > 0 {
+            self.regret.took(bytes, self.threads(), self.settings.regret());
+        }
+    }
+
+    /// Threads that ran at once.
+    fn threads(&self) -> usize {
+        self.heaps.load(Ordering::Relaxed).max(1)
     }
 
     pub(super) fn count_call(&self) {
@@ -333,10 +355,8 @@ impl Hub {
             return Some(Claim::Furnished(segment));
         }
         if let Some(entry) = registry::entry(shared.bare[kind]).filter(|_| shared.bare[kind] != 0) {
-            return Some(Claim::Bare(mem::replace(
-                &mut shared.bare[kind],
-                entry.bare.load(Ordering::Relaxed),
-            )));
+            let next = entry.bare.load(Ordering::Relaxed);
+            return Some(Claim::Bare(mem::replace(&mut shared.bare[kind], next)));
         }
         let (next, end) = shared.fresh[kind];
         if next >= end || !registry::insert(next, SEGMENT, self, false) {
@@ -364,7 +384,7 @@ impl Hub {
         debug_assert!(segment.is_empty());
         segment.head.owner.store(ptr::null_mut(), Ordering::Release);
         let mut shared = self.shared.lock();
-        if shared.warm + segment.idle_bytes() > self.settings.warm(shared.heaps) {
+        if !self.has_room(&shared, segment.idle_bytes()) {
             drop(shared);
             if self.strip(segment) {
                 return;
@@ -374,6 +394,33 @@ impl Hub {
         }
         shared.warm += segment.idle_bytes();
         shared.vacant[usize::from(segment.huge.get())].push_front(segment);
+    }
+
+    fn has_room(&self, shared: &Shared, idle: usize) -> bool {
+        shared.warm.saturating_add(idle) <= self.settings.warm(self.threads(), self.regret.extra())
+    }
+
+    /// Whether unowned segments may hold `idle` bytes more.
+    pub(super) fn keeps(&self, idle: usize) -> bool {
+        idle == 0 || self.has_room(&self.shared.lock(), idle)
+    }
+
+    /// Gives back the idle slices of a segment that is the caller's; returns the bytes.
+    pub(super) fn discard_idle(&self, segment: &Segment) -> usize {
+        let mut idle = segment.idle();
+        let mut given = 0;
+        while idle != 0 {
+            let first = idle.trailing_zeros() as usize;
+            let count = (idle >> first).trailing_ones() as usize;
+            let slices = run(first, count);
+            idle &= !slices;
+            // SAFETY: vacant slices, the caller's.
+            if unsafe { self.discard_slices(segment, first, count) } {
+                segment.pristine.set(segment.pristine.get() | slices);
+                given += count * SLICE;
+            }
+        }
+        given
     }
 
     /// Gives back all memory of a segment with no live block, its books too: the system backs the whole of it
@@ -397,7 +444,7 @@ impl Hub {
     ///
     /// # Safety
     /// The slices are vacant and the caller's.
-    pub(super) unsafe fn discard_slices(&self, segment: &Segment, first: usize, count: usize) -> bool {
+    unsafe fn discard_slices(&self, segment: &Segment, first: usize, count: usize) -> bool {
         let end = (first + count) * SLICE;
         let mut start = first * SLICE;
         if first == 0 {
@@ -413,6 +460,14 @@ impl Hub {
     pub(crate) fn trim(&self) -> usize {
         self.trims.fetch_add(1, Ordering::Relaxed);
         let mut given = 0;
+        {
+            let shared = &mut *self.shared.lock();
+            for segment in shared.abandoned.iter() {
+                // The lock makes it this thread's.
+                given += self.discard_idle(segment);
+            }
+            shared.warm -= given;
+        }
         for kind in 0..2 {
             // Those that the system refuses go to the end of the list, where the count stops.
             let mut left = self.shared.lock().vacant[kind].iter().count();
@@ -443,14 +498,15 @@ impl Hub {
 
     /// Lists a segment whose owner ends while blocks of it are live.
     pub(super) fn abandon(&self, segment: &Segment) {
-        let shared = self.shared.lock();
+        let mut shared = self.shared.lock();
+        shared.warm += segment.idle_bytes();
         shared.abandoned.push_back(segment);
         segment.head.owner.store(ptr::null_mut(), Ordering::Release);
     }
 
     /// Makes `heap` the owner of an abandoned segment: of `segment`, if it is still abandoned, or of any.
     pub(super) fn adopt(&self, heap: &ThreadHeap, segment: Option<&Segment>) -> Option<&Segment> {
-        let shared = self.shared.lock();
+        let mut shared = self.shared.lock();
         let segment: *const Segment = match segment {
             Some(segment) if segment.head.owner.load(Ordering::Acquire).is_null() => segment,
             Some(_) => return None,
@@ -459,6 +515,7 @@ impl Hub {
         // SAFETY: segments live as long as the hub.
         let segment = unsafe { &*segment };
         shared.abandoned.remove(segment);
+        shared.warm -= segment.idle_bytes();
         segment.head.owner.store(ptr::from_ref(heap).cast_mut(), Ordering::Release);
         Some(segment)
     }
@@ -482,7 +539,7 @@ impl Hub {
             return None;
         }
         let mut shared = self.shared.lock();
-        shared.heaps += 1;
+        self.heaps.fetch_add(1, Ordering::Relaxed);
         heap.next_heap.set(shared.all_heaps);
         shared.all_heaps = heap;
         Some(heap)

@@ -35,6 +35,7 @@ mod lock;
 mod loom_models;
 mod purge;
 mod registry;
+mod regret;
 mod remote;
 mod seal;
 mod segment;

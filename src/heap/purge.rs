@@ -9,7 +9,7 @@ use core::ptr;
 use core::sync::atomic::Ordering;
 
 use super::class;
-use super::segment::{Place, SLICE, Segment, Span, run};
+use super::segment::{Place, Segment, Span};
 use super::thread::{ThreadHeap, bump, lower};
 use crate::source::os;
 
@@ -31,7 +31,7 @@ impl ThreadHeap {
             self.flush_all();
             self.set_shrinking(true);
         }
-        let keep = settings.keep(self.live.get());
+        let keep = settings.keep(self.live.get()).saturating_add(self.hub().regret.extra());
         if self.pending.get() > keep {
             let scattered = if self.shrinking.get() { keep } else { settings.keep_scattered(keep) };
             self.purge_to(keep - keep / 4, scattered);
@@ -98,19 +98,7 @@ impl ThreadHeap {
 
     /// Gives back the idle slices of a segment.
     fn discard_idle(&self, segment: &Segment) -> bool {
-        let mut idle = segment.idle();
-        let mut done = 0;
-        while idle != 0 {
-            let first = idle.trailing_zeros() as usize;
-            let count = (idle >> first).trailing_ones() as usize;
-            let slices = run(first, count);
-            idle &= !slices;
-            // SAFETY: vacant slices of a segment of this heap.
-            if unsafe { self.hub().discard_slices(segment, first, count) } {
-                segment.pristine.set(segment.pristine.get() | slices);
-                done += count * SLICE;
-            }
-        }
+        let done = self.hub().discard_idle(segment);
         self.pending.set(self.pending.get() - done);
         bump(&self.tally.discarded, done as u64);
         self.relist(segment);
@@ -155,6 +143,9 @@ impl ThreadHeap {
             if segment.is_empty() {
                 hub.put_segment(segment);
                 continue;
+            }
+            if !hub.keeps(segment.idle_bytes()) {
+                hub.discard_idle(segment);
             }
             for span in segment.spans() {
                 hub.counters.orphaned.fetch_add(span.held() as usize, Ordering::Relaxed);

@@ -32,6 +32,7 @@ pub(crate) struct Settings {
     keep_least: AtomicUsize,
     keep_part: AtomicUsize,
     scattered: AtomicUsize,
+    regret: AtomicUsize,
     warm: AtomicUsize,
     segments_before_huge: AtomicUsize,
     huge_large: AtomicUsize,
@@ -43,6 +44,8 @@ impl Settings {
     const KEEP_LEAST: usize = 2 << 20;
     /// Idle memory up to which pages within spans, of which each takes a call, are not worth giving back.
     const SCATTERED: usize = 8 << 20;
+    /// Idle memory that a thread comes to keep beyond that, if it needed again what it gave back.
+    const REGRET: usize = 14 << 20;
     /// Idle memory that unowned segments may hold: enough for a stream of short threads.
     const WARM: usize = 4 << 20;
     /// A thread with this many segments gets further ones with huge pages: half of such a page, which it may
@@ -56,6 +59,7 @@ impl Settings {
             keep_least: AtomicUsize::new(Self::KEEP_LEAST),
             keep_part: AtomicUsize::new(2),
             scattered: AtomicUsize::new(Self::SCATTERED),
+            regret: AtomicUsize::new(Self::REGRET),
             warm: AtomicUsize::new(Self::WARM),
             segments_before_huge: AtomicUsize::new(Self::SEGMENTS_BEFORE_HUGE),
             huge_large: AtomicUsize::new(Self::HUGE_LARGE),
@@ -64,10 +68,10 @@ impl Settings {
     }
 
     pub(super) fn apply(&self, config: &HeapConfig) {
-        let (least, part, scattered, warm) = match config.purge {
-            Purge::Eager => (64 << 10, 32, 0, 0),
-            Purge::Balanced => (Self::KEEP_LEAST, 2, Self::SCATTERED, Self::WARM),
-            Purge::Never => (usize::MAX, 1, usize::MAX, usize::MAX),
+        let (least, part, scattered, regret, warm) = match config.purge {
+            Purge::Eager => (64 << 10, 32, 0, 0, 0),
+            Purge::Balanced => (Self::KEEP_LEAST, 2, Self::SCATTERED, Self::REGRET, Self::WARM),
+            Purge::Never => (usize::MAX, 1, usize::MAX, 0, usize::MAX),
         };
         let (segments, large) = match config.huge_pages {
             HugeUse::Never => (usize::MAX, usize::MAX),
@@ -77,6 +81,7 @@ impl Settings {
         self.keep_least.store(least, Ordering::Relaxed);
         self.keep_part.store(part, Ordering::Relaxed);
         self.scattered.store(scattered, Ordering::Relaxed);
+        self.regret.store(regret, Ordering::Relaxed);
         self.warm.store(warm, Ordering::Relaxed);
         self.segments_before_huge.store(segments, Ordering::Relaxed);
         self.huge_large.store(large, Ordering::Relaxed);
@@ -120,17 +125,26 @@ impl Settings {
         keep.max(self.scattered.load(Ordering::Relaxed))
     }
 
+    /// Most that a thread keeps for having given it back in vain.
+    pub(super) fn regret(&self) -> usize {
+        self.regret.load(Ordering::Relaxed)
+    }
+
     /// Whether idle memory goes back by itself.
     pub(super) fn purges(&self) -> bool {
         self.keep_least.load(Ordering::Relaxed) != usize::MAX
     }
 
     /// Idle memory that unowned segments may hold where `heaps` threads ran at once: what as many idle threads
-    /// would keep, so that threads that come and go fault in no more than threads that stay.
-    pub(super) fn warm(&self, heaps: usize) -> usize {
+    /// would keep, so that threads that come and go fault in no more than threads that stay. Each would keep
+    /// `extra` bytes beyond the least.
+    pub(super) fn warm(&self, heaps: usize, extra: usize) -> usize {
         match self.warm.load(Ordering::Relaxed) {
             0 => 0,
-            least => least.max(heaps.saturating_mul(self.keep_least.load(Ordering::Relaxed))),
+            least => {
+                let each = self.keep_least.load(Ordering::Relaxed).saturating_add(extra);
+                least.max(heaps.saturating_mul(each))
+            }
         }
     }
 

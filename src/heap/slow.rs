@@ -167,6 +167,7 @@ impl ThreadHeap {
                 sink(block);
             });
             bump(&self.tally.committed, back as u64);
+            self.hub().took(back);
             taken
         };
         span.settled.set(span.settled.get().min(span.free_count.get()));
@@ -248,14 +249,15 @@ impl ThreadHeap {
             Some(found) => found,
             None => self.grow(count, from)?,
         };
-        let idle = segment.idle().count_ones() as usize;
+        let idle = segment.idle_bytes();
         let guard_page = self.hub().settings.guard_page();
         let span = segment.make_span(first, count, class, size, guard_page);
         if guard_page > 0 {
             self.guard_span(segment, span);
         }
-        let used = idle - segment.idle().count_ones() as usize;
-        self.pending.set(self.pending.get() - used * SLICE);
+        let again = idle - segment.idle_bytes();
+        self.pending.set(self.pending.get() - again);
+        self.hub().took(count * SLICE - again);
         self.relist(segment);
         Some(span)
     }
@@ -279,7 +281,7 @@ impl ThreadHeap {
     fn enter(&self, segment: &Segment) {
         self.segments.push_back(segment);
         self.segment_count.set(self.segment_count.get() + 1);
-        self.pending.set(self.pending.get() + segment.idle().count_ones() as usize * SLICE);
+        self.pending.set(self.pending.get() + segment.idle_bytes());
         self.relist(segment);
     }
 
@@ -287,7 +289,7 @@ impl ThreadHeap {
     pub(super) fn leave(&self, segment: &Segment) {
         self.segments.remove(segment);
         self.segment_count.set(self.segment_count.get() - 1);
-        self.pending.set(self.pending.get() - segment.idle().count_ones() as usize * SLICE);
+        self.pending.set(self.pending.get() - segment.idle_bytes());
         if segment.roomy.replace(false) {
             self.roomy.remove(segment);
         }
