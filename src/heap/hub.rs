@@ -348,6 +348,20 @@ impl Hub {
         claim.map(|claim| self.furnish(claim, kind))
     }
 
+    /// A segment with idle memory that no block lies in; the caller becomes its owner.
+    pub(super) fn take_warm(&self, huge: bool) -> Option<&Segment> {
+        let mut shared = self.shared.lock();
+        let kind = usize::from(huge);
+        if shared.warm == 0 || shared.vacant[kind].front()?.idle() == 0 {
+            return None;
+        }
+        let segment = ptr::from_ref(shared.vacant[kind].pop_front()?);
+        // SAFETY: segments live as long as the hub (invariant 7).
+        let segment = unsafe { &*segment };
+        shared.warm -= segment.idle_bytes();
+        Some(segment)
+    }
+
     /// Takes a segment, or the place of one, that is there already: what holds memory first.
     fn claim(&self, shared: &mut Shared, kind: usize) -> Option<Claim> {
         if let Some(segment) = shared.vacant[kind].pop_front() {

@@ -202,6 +202,21 @@ pub(crate) const fn run(first: usize, count: usize) -> u64 {
     (if count >= 64 { u64::MAX } else { (1 << count) - 1 }) << first
 }
 
+/// The first bit of a run of `count` bits that starts at or after `from`.
+fn find_run(mut bits: u64, count: usize, from: usize) -> Option<usize> {
+    bits &= u64::MAX << from;
+    // Shrink every run by count - 1, in doubling steps.
+    let mut left = count - 1;
+    let mut step = 1;
+    while left > 0 && bits != 0 {
+        let by = step.min(left);
+        bits &= bits >> by;
+        left -= by;
+        step *= 2;
+    }
+    (bits != 0).then(|| bits.trailing_zeros() as usize)
+}
+
 impl Segment {
     /// Prepares a segment in fresh, zeroed memory; everything that is not set here is right as zero.
     ///
@@ -280,23 +295,14 @@ impl Segment {
             .map(|(_, span)| span)
     }
 
-    /// The first slice of a vacant run of `count` slices that starts at or after `from`; runs that hold
-    /// memory first, since their pages are there already.
+    /// The first slice of a vacant run of `count` slices that starts at or after `from`.
     pub(crate) fn find_run(&self, count: usize, from: usize) -> Option<usize> {
-        let fits = |mut vacant: u64| {
-            vacant &= u64::MAX << from;
-            // Shrink every run by count - 1, in doubling steps.
-            let mut left = count - 1;
-            let mut step = 1;
-            while left > 0 && vacant != 0 {
-                let by = step.min(left);
-                vacant &= vacant >> by;
-                left -= by;
-                step *= 2;
-            }
-            (vacant != 0).then(|| vacant.trailing_zeros() as usize)
-        };
-        fits(self.idle()).or_else(|| fits(self.vacant.get()))
+        find_run(self.vacant.get(), count, from)
+    }
+
+    /// The same of slices that hold memory.
+    pub(crate) fn find_idle_run(&self, count: usize, from: usize) -> Option<usize> {
+        find_run(self.idle(), count, from)
     }
 
     /// Makes a span of vacant slices.

@@ -13,6 +13,8 @@ use crate::source::os;
 
 /// Segments whose posted blocks are looked for when a class runs out.
 const POLLED: usize = 8;
+/// Segments in which a run of slices is looked for.
+const TRIED: usize = 32;
 /// Refills after which the outboxes are posted, however little is in them.
 const OUTBOX_AGE: u32 = 64;
 
@@ -97,7 +99,16 @@ impl ThreadHeap {
                 return taken;
             }
         }
-        if let Some(span) = self.new_span(class) {
+        // Memory that is there before memory that must be had from the system.
+        let mut span = self.idle_span(class);
+        if span.is_none() && self.reuse() {
+            taken = self.take_free(class, want, sink);
+            if taken > 0 {
+                return taken;
+            }
+            span = self.idle_span(class);
+        }
+        if let Some(span) = span.or_else(|| self.new_span(class)) {
             self.replace_current(class, span);
             taken = self.carve(span, want, sink);
         }
@@ -230,25 +241,62 @@ impl ThreadHeap {
         !self.frugal.get() || self.hub().snapshot().committed + more <= self.hub().booked()
     }
 
-    fn new_span(&self, class: usize) -> Option<&Span> {
+    /// How many slices a span of `class` takes, and from which on it may begin: the first is cut short by the
+    /// books, and serves small blocks, whose alignment it keeps.
+    fn shape(&self, class: usize) -> (usize, usize) {
         let count = class::slices(class);
-        // The first slice is cut short by the books: it serves small blocks, whose alignment it keeps.
-        let from = usize::from(count > 1 || self.hub().settings.has(Part::GuardPages));
-        self.make_span(count, from, class as u8, class::size(class))
+        (count, usize::from(count > 1 || self.hub().settings.has(Part::GuardPages)))
     }
 
-    fn make_span(&self, count: usize, from: usize, class: u8, size: usize) -> Option<&Span> {
-        /// Segments tried before a new one is taken.
-        const TRIED: usize = 32;
-        let found = self
-            .roomy
-            .iter()
-            .take(TRIED)
-            .find_map(|segment| segment.find_run(count, from).map(|first| (segment, first)));
-        let (segment, first) = match found {
-            Some(found) => found,
-            None => self.grow(count, from)?,
-        };
+    /// A span of idle slices of this heap.
+    fn idle_span(&self, class: usize) -> Option<&Span> {
+        let (count, from) = self.shape(class);
+        let (segment, first) = self.find_idle(count, from)?;
+        Some(self.make_span_at(segment, first, count, class as u8, class::size(class)))
+    }
+
+    fn new_span(&self, class: usize) -> Option<&Span> {
+        let (count, from) = self.shape(class);
+        let (segment, first) = self.find_vacant(count, from)?;
+        Some(self.make_span_at(segment, first, count, class as u8, class::size(class)))
+    }
+
+    fn find_idle(&self, count: usize, from: usize) -> Option<(&Segment, usize)> {
+        let mut tried = self.idle_segments.iter().take(TRIED);
+        tried.find_map(|segment| segment.find_idle_run(count, from).map(|first| (segment, first)))
+    }
+
+    /// Vacant slices, in a new segment if must be.
+    fn find_vacant(&self, count: usize, from: usize) -> Option<(&Segment, usize)> {
+        let mut tried = self.roomy.iter().take(TRIED);
+        let found = tried.find_map(|segment| segment.find_run(count, from).map(|first| (segment, first)));
+        found.or_else(|| self.grow(count, from))
+    }
+
+    /// Takes a segment that nobody owns and that holds memory, if there is one.
+    fn reuse(&self) -> bool {
+        let hub = self.hub();
+        if let Some(segment) = hub.adopt(self, None) {
+            self.welcome(segment);
+            return true;
+        }
+        match hub.take_warm(hub.settings.huge_segment(self.segment_count.get())) {
+            Some(segment) => {
+                self.own(segment);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn make_span_at<'a>(
+        &self,
+        segment: &'a Segment,
+        first: usize,
+        count: usize,
+        class: u8,
+        size: usize,
+    ) -> &'a Span {
         let idle = segment.idle_bytes();
         let guard_page = self.hub().settings.guard_page();
         let span = segment.make_span(first, count, class, size, guard_page);
@@ -259,7 +307,7 @@ impl ThreadHeap {
         self.pending.set(self.pending.get() - again);
         self.hub().took(count * SLICE - again);
         self.relist(segment);
-        Some(span)
+        span
     }
 
     /// A run in another segment: one abandoned by a thread that ended, or a new one.
@@ -272,9 +320,14 @@ impl ThreadHeap {
             }
         }
         let segment = hub.take_segment(hub.settings.huge_segment(self.segment_count.get()))?;
+        self.own(segment);
+        Some((segment, segment.find_run(count, from)?))
+    }
+
+    /// Makes an unused segment this heap's.
+    fn own(&self, segment: &Segment) {
         segment.head.owner.store(ptr::from_ref(self).cast_mut(), Ordering::Release);
         self.enter(segment);
-        Some((segment, segment.find_run(count, from)?))
     }
 
     /// Puts a segment that is now this heap's on its lists.
@@ -609,12 +662,16 @@ impl ThreadHeap {
         self.housekeeping();
         self.collect_some();
         let size = size.next_multiple_of(os::page_size().min(SLICE));
-        let slices = (size + self.hub().settings.guard_page()).div_ceil(SLICE);
-        let Some(span) = self.make_span(slices, 1, SINGLE, size) else {
+        let count = (size + self.hub().settings.guard_page()).div_ceil(SLICE);
+        let mut found = self.find_idle(count, 1);
+        if found.is_none() && self.reuse() {
+            found = self.find_idle(count, 1);
+        }
+        let Some((segment, first)) = found.or_else(|| self.find_vacant(count, 1)) else {
             return (ptr::null_mut(), false);
         };
+        let span = self.make_span_at(segment, first, count, SINGLE, size);
         if !self.commit(span, 1) {
-            let segment = self.segment_of_span(span);
             self.retire(segment, span);
             self.purge_if_due();
             return (ptr::null_mut(), false);
