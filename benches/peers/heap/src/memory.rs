@@ -24,6 +24,11 @@ fn status(field: &str) -> f64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
+/// What this process held at most.
+pub(crate) fn peak() -> f64 {
+    mebibytes(status("VmHWM:"))
+}
+
 /// A gibibyte of small objects; most freed at random; all freed; and a pause without a call.
 pub(crate) fn gibibyte() -> Vec<f64> {
     const BYTES: usize = 1 << 30;
@@ -55,5 +60,5 @@ pub(crate) fn small_program() -> Vec<f64> {
     let map: std::collections::HashMap<_, _> = words.iter().map(|word| (word.clone(), word.len())).collect();
     let sum = std::thread::spawn(move || map.values().sum::<usize>()).join().unwrap();
     assert!(sum > words.len());
-    vec![mebibytes(status("VmHWM:"))]
+    vec![peak()]
 }

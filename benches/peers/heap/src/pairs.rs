@@ -14,21 +14,22 @@ pub(crate) fn unknown_sizes() -> Vec<f64> {
 }
 
 fn pair(size: usize) -> f64 {
-    let layout = Layout::from_size_align(black_box(size), 8).unwrap();
-    let run = |count: usize| {
-        for _ in 0..count {
-            // SAFETY: the size is not 0; the block is written within bounds and freed once.
-            unsafe {
-                let block = alloc(black_box(layout));
-                block.write(1);
-                dealloc(black_box(block), black_box(layout));
-            }
-        }
-    };
-    run(PAIRS / 20);
+    run(size, PAIRS / 20);
     let start = Instant::now();
-    run(PAIRS);
+    run(size, PAIRS);
     per_operation(start, PAIRS)
+}
+
+pub(crate) fn run(size: usize, count: usize) {
+    let layout = Layout::from_size_align(black_box(size), 8).unwrap();
+    for _ in 0..count {
+        // SAFETY: the size is not 0; the block is written within bounds and freed once.
+        unsafe {
+            let block = alloc(black_box(layout));
+            block.write(1);
+            dealloc(black_box(block), black_box(layout));
+        }
+    }
 }
 
 /// A box whose size is a constant.

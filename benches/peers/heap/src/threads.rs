@@ -130,3 +130,39 @@ pub(crate) fn mstress() -> Vec<f64> {
     }
     vec![start.elapsed().as_secs_f64() * 1e3]
 }
+
+/// In the manner of rpmalloc's benchmark: each thread fills and empties the places of a table at random, sizes up
+/// to a few KiB and small ones more often, and now and then hands a handful of blocks to its neighbour, who frees
+/// them.
+pub(crate) fn rptest() -> Vec<f64> {
+    const LOOPS: usize = 60;
+    const PLACES: usize = 3_000;
+    const TURNS: usize = 4_000;
+    const HANDED: usize = 250;
+    let threads = cores();
+    let mail: Vec<Mutex<Vec<Vec<Vec<u8>>>>> = (0..threads).map(|_| Mutex::default()).collect();
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            let mail = &mail;
+            scope.spawn(move || {
+                let mut random = Random::new(thread as u64 + 1);
+                let mut places: Vec<Vec<u8>> = vec![Vec::new(); PLACES];
+                for _ in 0..LOOPS {
+                    for _ in 0..TURNS {
+                        let at = random.below(PLACES);
+                        // The lesser of two draws: small sizes are more common, as in programs.
+                        let size = random.below(8000).min(random.below(8000)) + 16;
+                        places[at] = Vec::with_capacity(size);
+                        places[at].push(3);
+                    }
+                    let gift = (0..HANDED).map(|_| Vec::with_capacity(16 + random.below(1000))).collect();
+                    mail[(thread + 1) % threads].lock().unwrap().push(gift);
+                    let received = std::mem::take(&mut *mail[thread].lock().unwrap());
+                    drop(black_box(received));
+                }
+            });
+        }
+    });
+    vec![per_operation(start, threads * LOOPS * (TURNS + HANDED))]
+}

@@ -27,7 +27,7 @@ fn main() {
     let mut samples = Samples::new();
     for workload in &chosen {
         let first = rows.len();
-        rows.extend(workload.rows.iter().map(|row| (*row, workload.unit)));
+        rows.extend(workload.rows);
         // Interleaved, so that a slow minute of the machine falls on all programs alike.
         for _ in 0..rounds.unwrap_or(5) {
             for (program, name) in PROGRAMS.iter().enumerate() {
@@ -65,17 +65,22 @@ fn median(samples: Option<&Vec<f64>>) -> Option<f64> {
 }
 
 fn print_table(rows: &[(&str, Unit)], medians: &[Vec<Option<f64>>]) {
-    println!("| work | {} | ours / best peer |", PROGRAMS.join(" | "));
-    println!("|---{}|---|", "|---".repeat(PROGRAMS.len()));
+    println!("| work | {} | ours / best peer | ours / median peer |", PROGRAMS.join(" | "));
+    println!("|---{}|---|---|", "|---".repeat(PROGRAMS.len()));
     let mimalloc = PROGRAMS.iter().position(|name| *name == "mimalloc").unwrap();
     let ours = PROGRAMS.len() - 1;
     let mut against_mimalloc = Vec::new();
     for ((name, unit), row) in rows.iter().zip(medians) {
-        let best = row[..ours].iter().flatten().copied().fold(f64::INFINITY, f64::min);
+        let mut peers: Vec<f64> = row[..ours].iter().flatten().copied().collect();
+        peers.sort_by(f64::total_cmp);
+        let against = |peer: Option<&f64>| match (row[ours], peer) {
+            (Some(figure), Some(peer)) => format!("{:.2}", figure / peer),
+            _ => "–".into(),
+        };
         let cells: Vec<String> =
             row.iter().map(|cell| cell.map_or("–".into(), |figure| format!("{figure:.1}"))).collect();
-        let ratio = row[ours].map_or("–".into(), |figure| format!("{:.2}", figure / best));
-        println!("| {name} | {} | {ratio} |", cells.join(" | "));
+        let (best, median) = (against(peers.first()), against(peers.get(peers.len() / 2)));
+        println!("| {name}, {} | {} | {best} | {median} |", unit.name(), cells.join(" | "));
         if let (Some(a), Some(b), true) = (row[ours], row[mimalloc], *unit != Unit::Mebibytes) {
             against_mimalloc.push((a / b).ln());
         }
@@ -107,11 +112,7 @@ fn picture(rows: &[(&str, Unit)], medians: &[Vec<Option<f64>>]) -> String {
     }
     for ((name, unit), row) in rows.iter().zip(medians) {
         y += 14;
-        let unit = match unit {
-            Unit::Nanoseconds => "ns",
-            Unit::Milliseconds => "ms",
-            Unit::Mebibytes => "MiB",
-        };
+        let unit = unit.name();
         svg += &format!("<text x=\"4\" y=\"{}\">{name}, {unit}</text>\n", y + 30);
         let most = row.iter().flatten().copied().fold(f64::MIN_POSITIVE, f64::max);
         for (index, figure) in row.iter().enumerate() {
