@@ -228,6 +228,58 @@ pub trait MemoryPool: Send + Sync {
     }
 }
 
+/// [`MemoryPool`] for a pool whose inherent methods have the same names; in braces what it has beyond those that
+/// every pool must have. The names of the types are those in scope.
+macro_rules! memory_pool {
+    ($([$($generics:tt)*] $pool:ty { $($more:tt)* })*) => {$(
+        impl<$($generics)*> $crate::base::pool::MemoryPool for $pool {
+            $crate::base::pool::forward! {
+                fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>>;
+                fn allocate_with(&self, layout: Layout, flags: AllocFlags) -> Result<NonNull<[u8]>>;
+                unsafe fn deallocate(&self, ptr: NonNull<u8>);
+                fn owns(&self, ptr: NonNull<u8>) -> bool;
+                fn usable_size(&self, ptr: NonNull<u8>) -> Option<usize>;
+                fn reserve(&self, bytes: usize) -> Result<()>;
+                fn trim(&self, keep: usize) -> Result<usize>;
+                fn reset(&self) -> Result<()>;
+                unsafe fn reset_unchecked(&self) -> Result<()>;
+                fn stats(&self) -> MemoryStats;
+                fn reset_peak(&self);
+                fn set_tracking(&self, on: bool);
+                fn is_tracking(&self) -> bool;
+                fn active_allocations(&self) -> Vec<ActiveAllocation>;
+                fn has_leaks(&self) -> bool;
+                fn memory_type(&self) -> MemoryType;
+                fn name(&self) -> &str;
+                fn config(&self) -> &PoolConfig;
+            }
+            $($more)*
+        }
+    )*};
+}
+
+/// Methods of a trait that hand on to the inherent ones of the same names.
+macro_rules! forward {
+    () => {};
+    (fn $name:ident(&self $(, $arg:ident: $type:ty)* $(,)?) $(-> $result:ty)?; $($rest:tt)*) => {
+        #[inline]
+        fn $name(&self $(, $arg: $type)*) $(-> $result)? {
+            Self::$name(self $(, $arg)*)
+        }
+        $crate::base::pool::forward! { $($rest)* }
+    };
+    (unsafe fn $name:ident(&self $(, $arg:ident: $type:ty)* $(,)?) $(-> $result:ty)?; $($rest:tt)*) => {
+        #[inline]
+        unsafe fn $name(&self $(, $arg: $type)*) $(-> $result)? {
+            // SAFETY: the caller's contract is the same.
+            unsafe { Self::$name(self $(, $arg)*) }
+        }
+        $crate::base::pool::forward! { $($rest)* }
+    };
+}
+
+pub(crate) use {forward, memory_pool};
+
 /// Says no to wishes that host pools cannot grant.
 pub(crate) fn refuse_device_flags(flags: AllocFlags) -> Result<()> {
     if flags.contains(AllocFlags::PINNED) || flags.contains(AllocFlags::MANAGED) {

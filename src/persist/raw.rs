@@ -20,7 +20,7 @@ use super::types::TypeInfo;
 use crate::base::config::PoolConfig;
 use crate::base::error::{Error, PointerFault, Refusal, Result};
 use crate::base::host::{HostPool, dangling};
-use crate::base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType, refuse_device_flags};
+use crate::base::pool::{ActiveAllocation, AllocFlags, MemoryType, memory_pool, refuse_device_flags};
 use crate::base::stats::MemoryStats;
 
 impl Inner {
@@ -171,7 +171,7 @@ impl PersistentPool {
     /// Frees a block of this pool.
     ///
     /// # Safety
-    /// As for [`MemoryPool::deallocate`].
+    /// As for [`MemoryPool::deallocate`](crate::MemoryPool::deallocate).
     pub unsafe fn deallocate(&self, ptr: NonNull<u8>) {
         if let Some(offset) = self.inner.offset_of(ptr) {
             self.inner.free_any(offset);
@@ -318,49 +318,13 @@ impl PersistentPool {
     }
 }
 
-/// Forwards the interface to the inherent methods of the same names.
-macro_rules! forward {
-    ($(fn $name:ident(&self $(, $arg:ident: $type:ty)*) $(-> $result:ty)?;)*) => {$(
-        fn $name(&self $(, $arg: $type)*) $(-> $result)? {
-            PersistentPool::$name(self $(, $arg)*)
+memory_pool! {
+    [] PersistentPool {
+        /// What is stored stays, raw blocks as well; the file is closed with the last handle, of which each refuses
+        /// everything but frees from now on. An error while containers hold scratch memory.
+        fn close(&self) -> Result<()> {
+            self.inner.destroy()
         }
-    )*};
-}
-
-impl MemoryPool for PersistentPool {
-    forward! {
-        fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>>;
-        fn allocate_with(&self, layout: Layout, flags: AllocFlags) -> Result<NonNull<[u8]>>;
-        fn owns(&self, ptr: NonNull<u8>) -> bool;
-        fn usable_size(&self, ptr: NonNull<u8>) -> Option<usize>;
-        fn reserve(&self, bytes: usize) -> Result<()>;
-        fn trim(&self, keep: usize) -> Result<usize>;
-        fn reset(&self) -> Result<()>;
-        fn stats(&self) -> MemoryStats;
-        fn reset_peak(&self);
-        fn set_tracking(&self, on: bool);
-        fn is_tracking(&self) -> bool;
-        fn active_allocations(&self) -> Vec<ActiveAllocation>;
-        fn has_leaks(&self) -> bool;
-        fn memory_type(&self) -> MemoryType;
-        fn name(&self) -> &str;
-        fn config(&self) -> &PoolConfig;
-    }
-
-    /// What is stored stays, raw blocks as well; the file is closed with the last handle, of which each refuses
-    /// everything but frees from now on. An error while containers hold scratch memory.
-    fn close(&self) -> Result<()> {
-        self.inner.destroy()
-    }
-
-    unsafe fn deallocate(&self, ptr: NonNull<u8>) {
-        // SAFETY: the caller's contract is the same.
-        unsafe { PersistentPool::deallocate(self, ptr) }
-    }
-
-    unsafe fn reset_unchecked(&self) -> Result<()> {
-        // SAFETY: the caller's contract is the same.
-        unsafe { PersistentPool::reset_unchecked(self) }
     }
 }
 

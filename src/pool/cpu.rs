@@ -19,7 +19,9 @@ use std::thread::{self, ThreadId};
 use crate::base::config::{AllocatorType, PoolConfig};
 use crate::base::error::{Error, OomReason, Refusal, Result};
 use crate::base::host::{HostPool, Resized, dangling};
-use crate::base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType, refuse_device_flags};
+use crate::base::pool::{
+    ActiveAllocation, AllocFlags, MemoryType, forward, memory_pool, refuse_device_flags,
+};
 use crate::base::stats::MemoryStats;
 use crate::base::tracking::{Counts, Tracking};
 use crate::engine::Broken;
@@ -244,7 +246,7 @@ impl CpuPool {
         Error::oom(size, if limit == usize::MAX { OomReason::Source } else { OomReason::Limit(limit) })
     }
 
-    /// A block for `layout`; see [`MemoryPool::allocate`].
+    /// A block for `layout`; see [`MemoryPool::allocate`](crate::MemoryPool::allocate).
     pub fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>> {
         if layout.size() == 0 { Ok(dangling(layout)) } else { self.serve(layout, false) }
     }
@@ -482,64 +484,10 @@ impl CpuPool {
     }
 }
 
-impl MemoryPool for CpuPool {
-    fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>> {
-        self.allocate(layout)
-    }
-    fn allocate_with(&self, layout: Layout, flags: AllocFlags) -> Result<NonNull<[u8]>> {
-        self.allocate_with(layout, flags)
-    }
-    unsafe fn deallocate(&self, ptr: NonNull<u8>) {
-        // SAFETY: the caller's contract is the same.
-        unsafe { self.deallocate(ptr) }
-    }
-    fn owns(&self, ptr: NonNull<u8>) -> bool {
-        self.owns(ptr)
-    }
-    fn usable_size(&self, ptr: NonNull<u8>) -> Option<usize> {
-        self.usable_size(ptr)
-    }
-    fn reserve(&self, bytes: usize) -> Result<()> {
-        self.reserve(bytes)
-    }
-    fn trim(&self, keep: usize) -> Result<usize> {
-        self.trim(keep)
-    }
-    fn reset(&self) -> Result<()> {
-        self.reset()
-    }
-    unsafe fn reset_unchecked(&self) -> Result<()> {
-        // SAFETY: the caller's contract is the same.
-        unsafe { self.reset_unchecked() }
-    }
-    fn stats(&self) -> MemoryStats {
-        self.stats()
-    }
-    fn reset_peak(&self) {
-        self.reset_peak();
-    }
-    fn set_tracking(&self, on: bool) {
-        self.set_tracking(on);
-    }
-    fn is_tracking(&self) -> bool {
-        self.is_tracking()
-    }
-    fn active_allocations(&self) -> Vec<ActiveAllocation> {
-        self.active_allocations()
-    }
-    fn has_leaks(&self) -> bool {
-        self.has_leaks()
-    }
-    fn memory_type(&self) -> MemoryType {
-        self.memory_type()
-    }
-    fn name(&self) -> &str {
-        self.name()
-    }
-    fn config(&self) -> &PoolConfig {
-        self.config()
-    }
-    fn close(&self) -> Result<()> {
-        self.close()
+memory_pool! {
+    [] CpuPool {
+        forward! {
+            fn close(&self) -> Result<()>;
+        }
     }
 }

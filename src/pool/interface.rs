@@ -12,7 +12,7 @@ use crate::base::config::PoolConfig;
 use crate::base::diagnostics::Diagnostics;
 use crate::base::error::Result;
 use crate::base::host::Resized;
-use crate::base::pool::{ActiveAllocation, AllocFlags};
+use crate::base::pool::{ActiveAllocation, AllocFlags, forward};
 use crate::base::stats::MemoryStats;
 use crate::observe::Observer;
 use crate::source::Source;
@@ -93,55 +93,30 @@ pub unsafe trait Host: fmt::Debug {
 // SAFETY: blocks come from engines and sources that keep the same contract; the source's memory stays where
 // it is until the core is dropped, wherever the core itself moves.
 unsafe impl<F: Front, S: Source, O: Observer> Host for Core<F, S, O> {
-    #[inline]
-    fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>> {
-        self.allocate(layout)
-    }
-    fn allocate_with(&self, layout: Layout, flags: AllocFlags) -> Result<NonNull<[u8]>> {
-        self.allocate_with(layout, flags)
-    }
-    fn allocate_batch(&self, layout: Layout, blocks: &mut [MaybeUninit<NonNull<u8>>]) -> Result<()> {
-        self.allocate_batch(layout, blocks)
-    }
-    #[inline]
-    unsafe fn deallocate(&self, ptr: NonNull<u8>, layout: Option<Layout>) {
-        // SAFETY: the caller's contract.
-        unsafe { self.deallocate(ptr, layout) }
-    }
-    unsafe fn deallocate_batch(&self, blocks: &[NonNull<u8>]) {
-        // SAFETY: the caller's contract.
-        unsafe { self.deallocate_batch(blocks) }
-    }
-    unsafe fn try_deallocate(&self, ptr: NonNull<u8>) -> Result<()> {
-        // SAFETY: the caller's contract.
-        unsafe { self.try_deallocate(ptr) }
-    }
-    unsafe fn grow_in_place(&self, ptr: NonNull<u8>, new: usize) -> Option<Resized> {
-        // SAFETY: the caller's contract.
-        unsafe { self.grow_in_place(ptr, new) }
-    }
-    unsafe fn shrink_in_place(&self, ptr: NonNull<u8>, new: usize) -> Option<NonNull<[u8]>> {
-        // SAFETY: the caller's contract.
-        unsafe { self.shrink_in_place(ptr, new) }
-    }
-    unsafe fn relocate(&self, ptr: NonNull<u8>, new: Layout) -> Option<Resized> {
-        // SAFETY: the caller's contract.
-        unsafe { self.relocate(ptr, new) }
-    }
-    fn owns(&self, ptr: NonNull<u8>) -> bool {
-        self.owns(ptr)
-    }
-    fn usable_size(&self, ptr: NonNull<u8>) -> Option<usize> {
-        self.usable_size(ptr)
-    }
-    fn reserve(&self, bytes: usize) -> Result<()> {
-        self.reserve(bytes)
-    }
-    fn trim(&self, keep: usize) -> Result<usize> {
-        self.trim(keep)
-    }
-    fn reset(&self) -> Result<()> {
-        self.reset()
+    forward! {
+        fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>>;
+        fn allocate_with(&self, layout: Layout, flags: AllocFlags) -> Result<NonNull<[u8]>>;
+        fn allocate_batch(&self, layout: Layout, blocks: &mut [MaybeUninit<NonNull<u8>>]) -> Result<()>;
+        unsafe fn deallocate(&self, ptr: NonNull<u8>, layout: Option<Layout>);
+        unsafe fn deallocate_batch(&self, blocks: &[NonNull<u8>]);
+        unsafe fn try_deallocate(&self, ptr: NonNull<u8>) -> Result<()>;
+        unsafe fn grow_in_place(&self, ptr: NonNull<u8>, new: usize) -> Option<Resized>;
+        unsafe fn shrink_in_place(&self, ptr: NonNull<u8>, new: usize) -> Option<NonNull<[u8]>>;
+        unsafe fn relocate(&self, ptr: NonNull<u8>, new: Layout) -> Option<Resized>;
+        fn owns(&self, ptr: NonNull<u8>) -> bool;
+        fn usable_size(&self, ptr: NonNull<u8>) -> Option<usize>;
+        fn reserve(&self, bytes: usize) -> Result<()>;
+        fn trim(&self, keep: usize) -> Result<usize>;
+        fn reset(&self) -> Result<()>;
+        fn stats(&self) -> MemoryStats;
+        fn reset_peak(&self);
+        fn set_tracking(&self, on: bool);
+        fn live(&self) -> usize;
+        fn name(&self) -> &str;
+        fn config(&self) -> &PoolConfig;
+        fn check(&self) -> Result<()>;
+        fn anchor(&self) -> Option<NonNull<u8>>;
+        fn close(&self) -> Result<()>;
     }
     unsafe fn reset_unchecked(&self) -> Result<()> {
         self.admit()?;
@@ -149,41 +124,14 @@ unsafe impl<F: Front, S: Source, O: Observer> Host for Core<F, S, O> {
         unsafe { self.empty() };
         Ok(())
     }
-    fn stats(&self) -> MemoryStats {
-        self.stats()
-    }
-    fn reset_peak(&self) {
-        self.reset_peak();
-    }
-    fn set_tracking(&self, on: bool) {
-        self.set_tracking(on);
-    }
     fn is_tracking(&self) -> bool {
         self.tracking.is_on()
     }
     fn active_allocations(&self) -> Vec<ActiveAllocation> {
         self.active()
     }
-    fn live(&self) -> usize {
-        self.live()
-    }
-    fn name(&self) -> &str {
-        self.name()
-    }
-    fn config(&self) -> &PoolConfig {
-        self.config()
-    }
     fn set_oom_callback(&self, callback: Option<std::sync::Arc<OomCallback>>) {
         *self.oom_callback.lock() = callback;
-    }
-    fn check(&self) -> Result<()> {
-        self.check()
-    }
-    fn anchor(&self) -> Option<NonNull<u8>> {
-        self.anchor()
-    }
-    fn close(&self) -> Result<()> {
-        self.close()
     }
     fn diagnostics(&self) -> Option<&dyn Diagnostics> {
         self.observer.diagnostics()
@@ -423,73 +371,15 @@ macro_rules! shared {
             }
         }
 
-        impl<$($generics)*> MemoryPool for $pool {
-            #[inline]
-            fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>> {
-                self.0.allocate(layout)
-            }
-            fn allocate_with(&self, layout: Layout, flags: AllocFlags) -> Result<NonNull<[u8]>> {
-                self.0.allocate_with(layout, flags)
-            }
-            #[inline]
-            unsafe fn deallocate(&self, ptr: NonNull<u8>) {
-                // SAFETY: the caller's contract.
-                unsafe { self.0.deallocate(ptr, None) }
-            }
-            fn owns(&self, ptr: NonNull<u8>) -> bool {
-                self.0.owns(ptr)
-            }
-            fn usable_size(&self, ptr: NonNull<u8>) -> Option<usize> {
-                self.0.usable_size(ptr)
-            }
-            fn reserve(&self, bytes: usize) -> Result<()> {
-                self.0.reserve(bytes)
-            }
-            fn trim(&self, keep: usize) -> Result<usize> {
-                self.0.trim(keep)
-            }
-            fn reset(&self) -> Result<()> {
-                self.0.reset()
-            }
-            unsafe fn reset_unchecked(&self) -> Result<()> {
-                // SAFETY: the caller's contract.
-                unsafe { self.0.reset_unchecked() }
-            }
-            fn stats(&self) -> MemoryStats {
-                self.0.stats()
-            }
-            fn reset_peak(&self) {
-                self.0.reset_peak();
-            }
-            fn set_tracking(&self, on: bool) {
-                self.0.set_tracking(on);
-            }
-            fn is_tracking(&self) -> bool {
-                self.0.is_tracking()
-            }
-            fn active_allocations(&self) -> Vec<ActiveAllocation> {
-                self.0.active_allocations()
-            }
-            fn has_leaks(&self) -> bool {
-                self.0.live() > 0
-            }
-            fn memory_type(&self) -> MemoryType {
-                MemoryType::Cpu
-            }
-            fn name(&self) -> &str {
-                self.0.name()
-            }
-            fn config(&self) -> &PoolConfig {
-                self.0.config()
-            }
-            fn anchor(&self) -> Option<NonNull<u8>> {
-                self.0.anchor()
-            }
-            fn close(&self) -> Result<()> {
-                self.0.close()
-            }
-            fn diagnostics(&self) -> Option<&dyn Diagnostics> {
-                self.0.diagnostics()
+        memory_pool! {
+            [$($generics)*] $pool {
+                forward! {
+                    fn close(&self) -> Result<()>;
+                    fn diagnostics(&self) -> Option<&dyn Diagnostics>;
+                }
+                fn anchor(&self) -> Option<NonNull<u8>> {
+                    self.0.anchor()
+                }
             }
         }
     )*};

@@ -47,7 +47,7 @@ use crate::base::config::{AllocatorType, PoolConfig};
 use crate::base::diagnostics::Diagnostics;
 use crate::base::error::{Error, OomReason, Result};
 use crate::base::host::{HostPool, Resized};
-use crate::base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
+use crate::base::pool::{ActiveAllocation, AllocFlags, MemoryType, forward, memory_pool};
 use crate::base::stats::MemoryStats;
 use crate::engine::ranges::{Division, InBlocks, Ranges};
 use crate::engine::slots::Slots;

@@ -8,7 +8,7 @@ use crate::base::config::PoolConfig;
 use crate::base::diagnostics::Diagnostics;
 use crate::base::error::{Error, Refusal, Result};
 use crate::base::host::{HostPool, Resized, dangling};
-use crate::base::pool::{ActiveAllocation, AllocFlags, MemoryPool, MemoryType};
+use crate::base::pool::{ActiveAllocation, AllocFlags, MemoryType, forward, memory_pool};
 use crate::base::stats::MemoryStats;
 use crate::base::tracking::Counts;
 use crate::gpu::kind::{HostAccessible, MemoryKind};
@@ -212,72 +212,13 @@ impl<K: MemoryKind> GpuPool<K> {
     }
 }
 
-impl<K: MemoryKind> MemoryPool for GpuPool<K> {
-    fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>> {
-        self.allocate(layout)
-    }
-    fn allocate_with(&self, layout: Layout, flags: AllocFlags) -> Result<NonNull<[u8]>> {
-        self.allocate_with(layout, flags)
-    }
-    unsafe fn deallocate(&self, ptr: NonNull<u8>) {
-        // SAFETY: the caller's contract is the same.
-        unsafe { self.deallocate(ptr) }
-    }
-    fn owns(&self, ptr: NonNull<u8>) -> bool {
-        self.owns(ptr)
-    }
-    fn usable_size(&self, ptr: NonNull<u8>) -> Option<usize> {
-        self.usable_size(ptr)
-    }
-    fn reserve(&self, bytes: usize) -> Result<()> {
-        self.reserve(bytes)
-    }
-    fn trim(&self, keep: usize) -> Result<usize> {
-        self.trim(keep)
-    }
-    fn reset(&self) -> Result<()> {
-        self.reset()
-    }
-    unsafe fn reset_unchecked(&self) -> Result<()> {
-        // SAFETY: the caller's contract is the same.
-        unsafe { self.reset_unchecked() }
-    }
-    unsafe fn copy(&self, dst: NonNull<u8>, src: NonNull<u8>, len: usize) -> Result<()> {
-        // SAFETY: the caller's contract is the same.
-        unsafe { self.copy(dst, src, len) }
-    }
-    fn stats(&self) -> MemoryStats {
-        self.stats()
-    }
-    fn reset_peak(&self) {
-        self.reset_peak();
-    }
-    fn set_tracking(&self, on: bool) {
-        self.set_tracking(on);
-    }
-    fn is_tracking(&self) -> bool {
-        self.is_tracking()
-    }
-    fn active_allocations(&self) -> Vec<ActiveAllocation> {
-        self.active_allocations()
-    }
-    fn has_leaks(&self) -> bool {
-        self.has_leaks()
-    }
-    fn memory_type(&self) -> MemoryType {
-        K::TYPE
-    }
-    fn name(&self) -> &str {
-        self.name()
-    }
-    fn config(&self) -> &PoolConfig {
-        self.config()
-    }
-    fn close(&self) -> Result<()> {
-        self.close()
-    }
-    fn diagnostics(&self) -> Option<&dyn Diagnostics> {
-        self.diagnostics()
+memory_pool! {
+    [K: MemoryKind] GpuPool<K> {
+        forward! {
+            fn close(&self) -> Result<()>;
+            fn diagnostics(&self) -> Option<&dyn Diagnostics>;
+            unsafe fn copy(&self, dst: NonNull<u8>, src: NonNull<u8>, len: usize) -> Result<()>;
+        }
     }
 }
 
