@@ -578,3 +578,30 @@ fn a_forked_child_leaves_the_pool_to_its_parent() {
     pool.transaction(|tx| tx.alloc(1u64)).unwrap();
     assert!(PersistentPool::open(folder.file(), "test v1").is_err(), "the child gave the lock away");
 }
+
+/// What was applied and is durable is never applied again over what came later.
+#[test]
+fn closing_in_order_keeps_the_last_of_several_changes() {
+    for durability in [Durability::Power, Durability::ProcessCrash] {
+        for count in 1..8u64 {
+            let dir = std::env::temp_dir().join(format!("memory-pool-last-{}", std::process::id()));
+            std::fs::create_dir_all(&dir).unwrap();
+            let path = dir.join("pool");
+            let pool =
+                PersistentPool::create(&path, PersistentConfig::new(1 << 20).durability(durability)).unwrap();
+            let number = pool.transaction(|tx| {
+                let number = tx.alloc(0u64)?;
+                tx.set_root("number", &number)?;
+                Ok(number)
+            });
+            let number = number.unwrap();
+            (1..=count).for_each(|i| pool.transaction(|tx| tx.set(&number, i)).unwrap());
+            pool.close().unwrap();
+            let pool = PersistentPool::open(&path, "").unwrap();
+            assert_eq!(pool.recovered_records(), 0, "{durability:?}, {count}");
+            assert_eq!(pool.read(|r| Ok(*r.root::<u64>("number")?)).unwrap(), count, "{durability:?}");
+            drop(pool);
+            std::fs::remove_dir_all(&dir).unwrap();
+        }
+    }
+}

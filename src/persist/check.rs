@@ -204,11 +204,10 @@ pub fn repair(path: impl AsRef<Path>) -> Result<CheckReport> {
             unsafe { super::journal::apply(&media, &record.body) };
         }
         media.sync()?;
-        for lane in log.used {
-            // SAFETY: the file is ours alone.
-            unsafe { media.store(header.lane(lane) + 8, 0) };
-        }
-        media.sync()?;
+        let (earlier, last) = log.lanes();
+        let places = |lanes: Vec<u32>| lanes.into_iter().map(|lane| header.lane(lane));
+        // SAFETY: the file is ours alone, and the records are in place for good.
+        unsafe { super::journal::clear_lanes(&media, places(earlier), places(last))? };
     }
     for &(at, word) in report.damages.iter().flat_map(|damage| &damage.fix) {
         if at.checked_add(8).is_some_and(|end| end <= media.len()) {

@@ -250,6 +250,8 @@ fn record(folder: &Folder, durability: Durability) -> Run {
         run.ends.push(trace.count());
         run.states.push(state(&pool));
     }
+    // The last state holds while the pool is closed, too.
+    super::pool::shut(&pool.inner).unwrap();
     run.events = trace.stop();
     assert!(run.events.len() > 100, "{} events", run.events.len());
     run
@@ -334,43 +336,83 @@ fn a_killed_process_leaves_before_or_after_at_every_store() {
 fn a_power_failure_leaves_before_or_after_in_any_order_of_writing_back() {
     let folder = Folder::new("power");
     let run = record(&folder, Durability::Power);
-    let mut random = Random(0x9E37_79B9_7F4A_7C15);
-    let syncs: Vec<usize> = (0..run.events.len()).filter(|&i| run.events[i] == Event::Sync).collect();
-    assert!(syncs.len() > 10);
-    // A crash right before the sync, right after it, and at some store between this sync and the next.
-    let mut durable = run.base.clone();
-    let mut last = 0;
-    for (number, &sync) in syncs.iter().chain([&run.events.len()]).enumerate() {
-        let mut points = vec![sync];
-        points.extend((0..3).map(|_| last + random.below(sync - last + 1)));
-        for happened in points {
-            let stores: Vec<usize> =
-                (last..happened).filter(|&i| matches!(run.events[i], Event::Store { .. })).collect();
-            run.check(&folder, &durable, happened, "none");
-            let mut image = durable.clone();
-            run.apply(&mut image, last..happened);
-            run.check(&folder, &image, happened, "accumulative");
-            for block in [8, 64, 512, 4096] {
-                for _ in 0..rounds(2) {
-                    let mixed = mix(&run, &durable, &stores, block, &mut random);
-                    run.check(&folder, &mixed, happened, "random blocks");
-                }
-            }
-            // Each store alone at the end of an otherwise unwritten stretch, and the others without it.
-            for &only in stores.iter().rev().take(rounds(3)) {
-                let mut image = durable.clone();
-                run.apply(&mut image, only..only + 1);
-                run.check(&folder, &image, happened, "reverse");
-                let mut image = durable.clone();
-                for &store in stores.iter().filter(|&&store| store != only) {
-                    run.apply(&mut image, store..store + 1);
-                }
-                run.check(&folder, &image, happened, "all but one");
-            }
-        }
-        run.apply(&mut durable, last..sync);
+    run.survives_power_failures(&folder, &mut Random(0x9E37_79B9_7F4A_7C15), rounds(2));
+}
+
+/// Opening finishes what the crash left and clears the log; the power may fail again meanwhile.
+#[test]
+fn a_power_failure_during_recovery_is_recovered() {
+    let folder = Folder::new("power-again");
+    let run = record(&folder, Durability::Power);
+    let mut random = Random(0xD1B5_4A32_D192_ED03);
+    let mut image = run.base.clone();
+    let (mut last, mut recovered) = (0, 0);
+    let syncs = (0..run.events.len()).filter(|&i| run.events[i] == Event::Sync);
+    for sync in syncs {
+        run.apply(&mut image, last..sync);
         last = sync;
-        let _ = number;
+        let path = folder.0.join("crashed");
+        fs::write(&path, &image).unwrap();
+        super::trace::RECORD.set(true);
+        let pool = PersistentPool::open(&path, "crash").unwrap();
+        super::trace::RECORD.set(false);
+        let found = state(&pool);
+        let (before, after) = run.allowed(sync + 1);
+        assert!(found == run.states[before] || found == run.states[after], "event {sync}");
+        recovered += usize::from(pool.recovered_records() > 0);
+        let mut again = Run {
+            base: image.clone(),
+            events: pool.inner.media.trace.stop(),
+            ends: Vec::new(),
+            states: vec![found],
+        };
+        // What follows the last sync of the opening.
+        again.events.push(Event::Fence);
+        drop(pool);
+        again.survives_power_failures(&folder, &mut random, 1);
+        fs::remove_file(&path).unwrap();
+    }
+    assert!(recovered > 10, "{recovered}");
+}
+
+impl Run {
+    /// Crashes right before each sync, right after it, and at some stores between this sync and the next.
+    fn survives_power_failures(&self, folder: &Folder, random: &mut Random, mixes: usize) {
+        let run = self;
+        let syncs: Vec<usize> = (0..run.events.len()).filter(|&i| run.events[i] == Event::Sync).collect();
+        let mut durable = run.base.clone();
+        let mut last = 0;
+        for &sync in syncs.iter().chain([&run.events.len()]) {
+            let mut points = vec![sync];
+            points.extend((0..3).map(|_| last + random.below(sync - last + 1)));
+            for happened in points {
+                let stores: Vec<usize> =
+                    (last..happened).filter(|&i| matches!(run.events[i], Event::Store { .. })).collect();
+                run.check(folder, &durable, happened, "none");
+                let mut image = durable.clone();
+                run.apply(&mut image, last..happened);
+                run.check(folder, &image, happened, "accumulative");
+                for block in [8, 64, 512, 4096] {
+                    for _ in 0..mixes {
+                        let mixed = mix(run, &durable, &stores, block, random);
+                        run.check(folder, &mixed, happened, "random blocks");
+                    }
+                }
+                // Each store alone at the end of an otherwise unwritten stretch, and the others without it.
+                for &only in stores.iter().rev().take(mixes + 1) {
+                    let mut image = durable.clone();
+                    run.apply(&mut image, only..only + 1);
+                    run.check(folder, &image, happened, "reverse");
+                    let mut image = durable.clone();
+                    for &store in stores.iter().filter(|&&store| store != only) {
+                        run.apply(&mut image, store..store + 1);
+                    }
+                    run.check(folder, &image, happened, "all but one");
+                }
+            }
+            run.apply(&mut durable, last..sync);
+            last = sync;
+        }
     }
 }
 

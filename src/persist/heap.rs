@@ -10,7 +10,8 @@
 //! 2. A run with `bits == None` has no reserved slot, and no free of a slot of it is under way.
 //! 3. `fresh` chunks are not yet in the file what they are here: whoever publishes in them logs that, too.
 //!    `stale` chunks have an entry in the file that must be cleared by whoever makes them part of another.
-//! 4. A run whose slots are all free has nothing reserved, so its chunks may be taken for something else.
+//! 4. `backed` chunks have disk space behind all of them, so writing to them cannot fail. Slots come from those only.
+//! 5. A run whose slots are all free has nothing reserved, so its chunks may be taken for something else.
 //!
 //! The pool keeps the one `Heap` behind a lock.
 
@@ -260,7 +261,7 @@ impl Heap {
     #[inline]
     fn take(&mut self, run: u32, bin: u32) -> Option<Slot> {
         let chunk = &mut self.chunks[run as usize];
-        if chunk.kind != Kind::Run || chunk.bin != bin || chunk.free == 0 {
+        if chunk.kind != Kind::Run || chunk.bin != bin || chunk.free == 0 || !chunk.backed {
             return None;
         }
         let bits = chunk.bits.as_mut()?;
@@ -298,6 +299,9 @@ impl Heap {
                 if let Some(found) = self.take(run, bin) {
                     return Ok(found);
                 }
+                if self.back_run(media, run, bin)? {
+                    continue;
+                }
                 self.bins[bin as usize].open.pop();
                 let chunk = &mut self.chunks[run as usize];
                 chunk.in_open &= chunk.bin != bin;
@@ -307,6 +311,20 @@ impl Heap {
                 self.new_run(media, table, fingerprint, slot, bin)?;
             }
         }
+    }
+
+    /// Before the first slot of a run is handed out that was in the file already: it may have holes. Whether it
+    /// was that which kept slots back.
+    fn back_run(&mut self, media: &Media, run: u32, bin: u32) -> Result<bool> {
+        let (_, zone, local) = self.place(run);
+        let chunk = &self.chunks[run as usize];
+        if chunk.kind != Kind::Run || chunk.bin != bin || chunk.free == 0 || chunk.backed {
+            return Ok(false);
+        }
+        let chunks = chunk.chunks;
+        media.keep_backed(zone.chunk(local), u64::from(chunks) * CHUNK)?;
+        self.chunks[run as usize..(run + chunks) as usize].iter_mut().for_each(|chunk| chunk.backed = true);
+        Ok(true)
     }
 
     fn new_run(&mut self, media: &Media, table: &Table, fingerprint: u64, slot: u32, bin: u32) -> Result<()> {

@@ -20,6 +20,8 @@
 //!    sync, in any order, so the record carries checksums of the data; it counts only if they hold. Once a
 //!    record of a later group exists that sync was complete, and they are not looked at any more.
 //! 3. Nothing of a record is applied before the record is safe, and then all of it alone at the gate.
+//! 4. Whether a record is still to be applied is said by those of the last group. So whoever clears the log clears
+//!    them last, when all others are durably gone: an old record left alone would be applied over newer ones.
 
 use std::sync::{Condvar, Mutex, MutexGuard};
 
@@ -551,17 +553,23 @@ impl Journal {
         group
     }
 
-    /// Makes every record that was applied durable in place, and clears the log.
+    /// Makes every record that was applied durable in place, and clears the log: by invariant 4 the records of the
+    /// last group after all others.
     pub(crate) fn settle(&self, media: &Media, overflow: &dyn Overflow) -> Result<()> {
         let mut group = self.lock();
         while group.leading {
             group = self.wait(group);
         }
         media.sync()?;
+        if group.applied.is_empty() {
+            return Ok(());
+        }
         group.settled = group.sequence - 1;
-        for (lane, block) in core::mem::take(&mut group.applied) {
-            // SAFETY: applied and durable, so nobody needs the record; nobody leads.
-            unsafe { media.store(self.lanes[lane as usize].at + 8, 0) };
+        let last = core::mem::take(&mut group.applied);
+        let earlier = group.free.iter().map(|&lane| self.lanes[lane as usize].at);
+        // SAFETY: applied and durable, so nobody needs the records; nobody leads.
+        unsafe { clear_lanes(media, earlier, last.iter().map(|&(lane, _)| self.lanes[lane as usize].at))? };
+        for (lane, block) in last {
             group.free.push(lane);
             if block != 0 {
                 overflow.release(block);
@@ -569,6 +577,28 @@ impl Journal {
         }
         Ok(())
     }
+}
+
+/// Clears the lanes at those offsets, durably: the `last` ones when the others are gone for good.
+///
+/// # Safety
+/// Nobody else writes to them, and nobody needs their records.
+pub(crate) unsafe fn clear_lanes(
+    media: &Media,
+    earlier: impl Iterator<Item = u64>,
+    last: impl Iterator<Item = u64>,
+) -> Result<()> {
+    let clear = |lane: u64| {
+        // SAFETY: the caller's contract.
+        unsafe { media.store(lane + 8, 0) };
+        media.flush(lane, 16);
+    };
+    earlier.for_each(clear);
+    media.fence();
+    media.sync()?;
+    last.for_each(clear);
+    media.fence();
+    media.sync()
 }
 
 /// The error of a transaction that would wait for itself.

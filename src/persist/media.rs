@@ -144,6 +144,15 @@ fn outside(offset: u64, len: usize) -> ! {
     panic!("{len} bytes at {offset:#x} are not words of the pool")
 }
 
+/// The error of a request for disk space.
+#[cold]
+fn no_space(error: &std::io::Error, len: u64) -> Error {
+    match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => Error::oom(len as usize, OomReason::Source),
+        _ => Error::io("fallocate", error),
+    }
+}
+
 /// A mapped, locked file.
 pub(crate) struct Media {
     file: File,
@@ -206,6 +215,9 @@ impl Media {
     /// Maps the file from where the mapping ends to `new_len`.
     fn map_more(&self, new_len: usize) -> Result<()> {
         let old = self.len.load(Ordering::Relaxed);
+        if new_len <= old {
+            return Ok(());
+        }
         if new_len > self.reserved {
             return Err(Error::refused(
                 "the pool outgrows the address range kept for it",
@@ -245,6 +257,8 @@ impl Media {
 
     /// Makes the file `new_len` bytes long, durably, and maps the new part.
     pub(crate) fn grow(&self, new_len: u64) -> Result<()> {
+        // An earlier attempt may have failed after it made the file longer.
+        let new_len = new_len.max(self.len());
         set_len(&self.file, new_len)?;
         self.sync()?;
         self.map_more(new_len as usize)
@@ -452,10 +466,7 @@ impl Media {
     /// Only for ranges whose contents are not needed.
     pub(crate) fn back(&self, offset: u64, len: u64, how: Backing) -> Result<()> {
         let end = offset + len;
-        let full = |e: std::io::Error| match e.raw_os_error() {
-            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => Error::oom(len as usize, OomReason::Source),
-            _ => Error::io("fallocate", &e),
-        };
+        let full = |e: std::io::Error| no_space(&e, len);
         check_size_limit(end)?;
         #[cfg(test)]
         self.trace.back().map_err(full)?;
@@ -482,6 +493,25 @@ impl Media {
         }
         #[cfg(test)]
         self.trace.zeroed(offset, len);
+        Ok(())
+    }
+
+    /// Sees to it that a range with contents has disk space, where it is a hole: a copy of a sparse file may have
+    /// made holes of zeros. File systems without the call are taken at their word.
+    pub(crate) fn keep_backed(&self, offset: u64, len: u64) -> Result<()> {
+        #[cfg(target_os = "linux")]
+        {
+            // SAFETY: plain system call on our descriptor; it changes no contents.
+            let rc = unsafe {
+                libc::fallocate(self.file.as_raw_fd(), 0, offset as libc::off_t, len as libc::off_t)
+            };
+            let error = std::io::Error::last_os_error();
+            if rc != 0 && !matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) {
+                return Err(no_space(&error, len));
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (offset, len);
         Ok(())
     }
 

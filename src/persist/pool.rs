@@ -149,6 +149,8 @@ impl PersistentPool {
             _ => Durability::Power,
         });
         let media = Media::map(file, header.file_len(), true, durability)?;
+        media.keep_backed(0, header.log_end())?;
+        header.zones.iter().try_for_each(|zone| media.keep_backed(zone.start, zone.data() - zone.start))?;
         if !both {
             write_header(&media, &header)?;
         }
@@ -193,13 +195,10 @@ impl PersistentPool {
         if !log.used.is_empty() && !read_only {
             media.fence();
             media.sync()?;
-            for &lane in &log.used {
-                // SAFETY: the records are in place for good; nobody else has the pool yet.
-                unsafe { media.store(header.lane(lane) + 8, 0) };
-                media.flush(header.lane(lane), 16);
-            }
-            media.fence();
-            media.sync()?;
+            let (earlier, last) = log.lanes();
+            let places = |lanes: Vec<u32>| lanes.into_iter().map(|lane| header.lane(lane));
+            // SAFETY: the records are in place for good; nobody else has the pool yet.
+            unsafe { super::journal::clear_lanes(&media, places(earlier), places(last))? };
         }
         let table = Table::new(&header.zones);
         let backing = Backing::of(durability);

@@ -39,6 +39,16 @@ pub(crate) struct Log {
     pub(crate) torn: Vec<u32>,
 }
 
+impl Log {
+    /// The used lanes: those of the last group, and before them all others.
+    pub(crate) fn lanes(&self) -> (Vec<u32>, Vec<u32>) {
+        let last = self.records.iter().map(|record| record.group).max();
+        let is_last = |lane: u32| self.records.iter().any(|r| r.lane == lane && Some(r.group) == last);
+        let (last, earlier) = self.used.iter().partition(|&&lane| is_last(lane));
+        (earlier, last)
+    }
+}
+
 /// Reads every lane. A record that is not whole is no error, one that is whole and makes no sense is.
 pub(crate) fn read_log(words: &impl Words, header: &Header) -> Result<Log> {
     let mut log = Log::default();

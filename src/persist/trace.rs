@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Mutex;
 
+use core::cell::Cell;
 use core::sync::atomic::{AtomicI64, Ordering};
 
 use super::media::Media;
@@ -24,9 +25,15 @@ pub(crate) struct Trace {
     pub(crate) fail_back: AtomicI64,
 }
 
+thread_local! {
+    /// Whether files opened on this thread are traced from the first store on.
+    pub(crate) static RECORD: Cell<bool> = const { Cell::new(false) };
+}
+
 impl Default for Trace {
     fn default() -> Self {
-        Self { events: Mutex::new(None), fail_sync: AtomicI64::new(-1), fail_back: AtomicI64::new(-1) }
+        let events = RECORD.get().then(Vec::new);
+        Self { events: Mutex::new(events), fail_sync: AtomicI64::new(-1), fail_back: AtomicI64::new(-1) }
     }
 }
 
