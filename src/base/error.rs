@@ -226,6 +226,25 @@ pub struct IoFault {
     pub os: Option<i32>,
 }
 
+impl IoFault {
+    /// What helps, where the call and its failure say it.
+    fn advice(&self) -> &'static str {
+        use std::io::ErrorKind;
+        match (self.call, self.kind) {
+            ("open", ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {
+                "; chmod gives more, and a persistent pool that may only be read opens with open_read_only"
+            }
+            ("open", ErrorKind::NotFound) => "; create it first",
+            ("open", ErrorKind::AlreadyExists) => "; open it, or remove it first",
+            ("fdatasync" | "fsync", _) => {
+                "; what was not yet durable may be lost, so the pool writes no more: open it again when the disk works"
+            }
+            (_, ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => "; free disk space",
+            _ => "",
+        }
+    }
+}
+
 /// The family an [`Error`] belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -340,10 +359,10 @@ impl fmt::Display for Error {
             }
             Self::Io(fault) => {
                 write!(f, "{} failed: {}", fault.call, fault.kind)?;
-                match fault.os {
-                    Some(errno) => write!(f, " (os error {errno})"),
-                    None => Ok(()),
+                if let Some(errno) = fault.os {
+                    write!(f, " (os error {errno})")?;
                 }
+                f.write_str(fault.advice())
             }
             Self::Corrupt { at, what, found } => {
                 write!(f, "corrupt at {at:#x}: expected {what}; ")?;
