@@ -567,3 +567,39 @@ fn a_drained_pool_keeps_its_addresses() {
     }
     clean(&gpu);
 }
+
+/// A pool of four blocks whose first and third are freed behind a queue of kernels; then one block as large as both.
+fn two_blocks_in_flight(kernels: usize) -> (usize, usize) {
+    let gpu = GpuDevice::simulated(SimConfig::default().seed(9).memory(4 << 30).eagerness(0));
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    let stream = gpu.new_stream().unwrap();
+    let mut blocks: Vec<_> = (0..4).map(|_| Some(pool.alloc::<u8>(32 << 20, &stream).unwrap())).collect();
+    gpu.synchronize().unwrap();
+    let before = pool.pool_size();
+    for index in [0, 2] {
+        let at = blocks[index].as_ref().unwrap().as_device_ptr() as usize;
+        for _ in 0..kernels {
+            let touch = [Touch::write(at, 1)];
+            gpu.simulation().unwrap().launch(&stream, 1000, &touch, |_| {}).unwrap();
+        }
+        blocks[index] = None;
+    }
+    let mut large = pool.alloc::<u8>(64 << 20, &stream).unwrap();
+    large.set_zero(&stream).unwrap();
+    gpu.synchronize().unwrap();
+    clean(&gpu);
+    pool.check().unwrap();
+    (before, pool.pool_size())
+}
+
+#[test]
+fn a_pool_waits_a_moment_for_work_in_flight_rather_than_growing() {
+    let (before, after) = two_blocks_in_flight(300);
+    assert_eq!(before, after);
+}
+
+#[test]
+fn a_pool_grows_where_work_in_flight_does_not_end() {
+    let (before, after) = two_blocks_in_flight(20_000);
+    assert!(after > before, "{after}");
+}

@@ -2,17 +2,23 @@
 segments, and on the plugin, in alternation, and compares step times, peak reserved memory and losses.
 
     cargo build --release --example gpu_plugin
-    python3 examples/gpu_plugin/train.py target/release/examples/libgpu_plugin.so [--rounds 3] [--steps 60]
+    python3 examples/gpu_plugin/train.py target/release/examples/libgpu_plugin.so [--rounds 3] [--steps 60] \
+        [--curves curves.json] [--record DIRECTORY]
+
+`--curves` writes what was live and reserved in every step of the first round; `--record` keeps PyTorch's own allocator's
+calls as traces for `memory-pool replay`.
 
 Every run is a process of its own. Batches and sequence lengths change from step to step, as in real training. The seeds
 and the kernels are the same in all runs, so the losses must be equal bit for bit. Exits with 1 where they are not.
 """
 
 import argparse
+import gzip
 import json
 import os
 import random
 import statistics
+import struct
 import subprocess
 import sys
 import time
@@ -93,7 +99,21 @@ def convolution(torch):
     return model, batch, f.cross_entropy
 
 
-def run(allocator, library, steps):
+def write_trace(events, path):
+    """Writes PyTorch's record of allocations and frees as records of 16 bytes, which `memory-pool replay` reads."""
+    streams, live, made = {}, {}, 0
+    with gzip.open(path, "wb") as file:
+        for event in events:
+            stream = streams.setdefault(event["stream"], len(streams))
+            if event["action"] == "alloc":
+                live[event["addr"]] = made
+                file.write(struct.pack("<BBHIQ", 0, stream, 0, made, event["size"]))
+                made += 1
+            elif event["action"] == "free_requested" and event["addr"] in live:
+                file.write(struct.pack("<BBHIQ", 1, stream, 0, live.pop(event["addr"]), event["size"]))
+
+
+def run(allocator, library, steps, record):
     """One run of both models in this process; prints a line of JSON for each."""
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     import torch
@@ -106,17 +126,27 @@ def run(allocator, library, steps):
         plugin.use_in_torch()
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+    def held():
+        """Bytes reserved now, and most live since the last call."""
+        if plugin:
+            stats = plugin.stats()
+            plugin.reset_peak()
+            return stats["reserved"], stats["peak_reserved"], stats["peak_allocated"]
+        most = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_reserved(), *most
+
     for name, make in {"transformer": transformer, "convolution": convolution}.items():
+        if record:
+            torch.cuda.memory._record_memory_history(context=None, stacks="python", max_entries=10_000_000)
         torch.manual_seed(1)
         choice = random.Random(1)
         model, batch, loss_of = make(torch)
         model = model.cuda()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        if plugin:
-            plugin.reset_peak()
-        else:
-            torch.cuda.reset_peak_memory_stats()
-        losses, times = [], []
+        held()
+        losses, times, curve = [], [], []
         for _ in range(steps):
             x, y = batch(choice)
             torch.cuda.synchronize()
@@ -129,12 +159,13 @@ def run(allocator, library, steps):
             torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
             losses.append(loss.item())
+            curve.append(held())
         if plugin:
             plugin.check()
-            stats = plugin.stats()
-            reserved, live = stats["peak_reserved"], stats["peak_allocated"]
-        else:
-            reserved, live = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+        if record:
+            events = torch.cuda.memory._snapshot()["device_traces"][0]
+            write_trace(events, os.path.join(record, name + ".trace.gz"))
+            torch.cuda.memory._record_memory_history(enabled=None)
         # The first steps load kernels and fill the caches.
         warm = times[steps // 4 :]
         result = {
@@ -142,13 +173,24 @@ def run(allocator, library, steps):
             "allocator": allocator,
             "step_ms": statistics.median(warm) * 1e3,
             "total_ms": sum(warm) * 1e3,
-            "peak_reserved": reserved,
-            "peak_live": live,
+            "peak_reserved": max(most for _, most, _ in curve),
+            "peak_live": max(live for _, _, live in curve),
+            "curve": [[live, reserved] for reserved, _, live in curve],
             "losses": [loss.hex() for loss in losses],
         }
         print(json.dumps(result), flush=True)
         del model, optimizer, loss, x, y
         torch.cuda.empty_cache()
+
+
+def start(options, allocator, *more):
+    """A run in a process of its own."""
+    environment = dict(os.environ, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    if allocator == "expandable":
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    command = [sys.executable, __file__, options.library, "--run", allocator, "--steps", str(options.steps), *more]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def main():
@@ -157,27 +199,33 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--run", choices=ALLOCATORS, help=argparse.SUPPRESS)
+    parser.add_argument("--curves", help="a JSON file to write")
+    parser.add_argument("--record", help="a directory for traces")
     options = parser.parse_args()
     if options.run:
-        return run(options.run, options.library, options.steps)
+        return run(options.run, options.library, options.steps, options.record)
 
     results = []
     for turn in range(options.rounds):
         # Another one begins in each round.
         for allocator in ALLOCATORS[turn % 3 :] + ALLOCATORS[: turn % 3]:
-            environment = dict(os.environ, CUBLAS_WORKSPACE_CONFIG=":4096:8")
-            if allocator == "expandable":
-                environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-            command = [sys.executable, __file__, options.library, "--run", allocator, "--steps", str(options.steps)]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            results += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            results += start(options, allocator)
+    if options.record:
+        # Recording takes time, so this run counts for nothing else.
+        start(options, "native", "--record", options.record)
 
+    if options.curves:
+        first = {}
+        for result in results:
+            first.setdefault(result["model"], {}).setdefault(result["allocator"], result["curve"])
+        with open(options.curves, "w") as file:
+            json.dump(first, file)
     agree = True
     print(f"{'model':<12} {'allocator':<11} {'step ms':>8} {'all steps':>10} {'reserved':>10} {'live MiB':>9} {'losses'}")
     for model in ["transformer", "convolution"]:
         of = {name: [r for r in results if (r["model"], r["allocator"]) == (model, name)] for name in ALLOCATORS}
         for name, runs in of.items():
-            middle = {key: statistics.median(r[key] for r in runs) for key in runs[0] if key not in ("model", "allocator", "losses")}
+            middle = {key: statistics.median(r[key] for r in runs) for key in runs[0] if key not in ("model", "allocator", "losses", "curve")}
             same = all(r["losses"] == of["native"][0]["losses"] for r in runs)
             agree &= same
             print(

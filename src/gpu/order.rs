@@ -404,6 +404,11 @@ impl Order {
         self.lanes.iter().filter_map(|lane| lane.sealed.back().map(|&(_, event)| event)).collect()
     }
 
+    /// The last event on a lane that is not known to be complete.
+    pub(super) fn last_event(&self, lane: u16) -> Option<RawEvent> {
+        self.lanes[lane as usize].sealed.back().map(|&(_, event)| event)
+    }
+
     /// A stream goes away; what was freed on it is covered by one last event.
     pub(super) fn close(&mut self, driver: &dyn Driver, slot: u32) {
         let Some(lane) = self.lane(slot) else { return };

@@ -308,6 +308,7 @@ impl Inner {
         if let Some(placed) = self.grow_ahead(ask)? {
             return Ok(placed);
         }
+        self.wait_for_pieces(ask);
         let plan = {
             let mut core = self.core.lock();
             self.open()?;
@@ -356,21 +357,6 @@ impl Inner {
         // What cannot be had in one piece of that size is had for this request alone.
         let _ = self.reserve_pieces(zone, Ask { bytes: share, align: ask.align, lane: CLEAN });
         self.place_again(ask)
-    }
-
-    /// Learns what is complete. What was just recorded on an idle stream takes the device some microseconds, and a
-    /// piece that can be moved saves more than that.
-    fn settle_patiently(&self, core: &mut Core) {
-        const ASKED: usize = 100;
-        let driver = &*self.device.0.driver;
-        self.front.take_all_back(core, driver);
-        core.seal_all(driver);
-        for _ in 0..ASKED {
-            core.settle(driver);
-            if core.order.last_events().is_empty() {
-                break;
-            }
-        }
     }
 
     /// Least and wanted bytes to grow by.

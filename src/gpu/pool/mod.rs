@@ -3,6 +3,7 @@
 mod inner;
 mod interface;
 mod options;
+mod patience;
 mod settled;
 mod source;
 mod watch;
