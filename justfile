@@ -27,3 +27,7 @@ fuzz TARGET SECONDS="60":
 
 bench:
     cargo bench
+
+# Instructions on the heap's fast paths against the recorded table (valgrind, objdump): fails where one grew or locks.
+heap-paths *ARGS:
+    cargo bench --bench heap_paths -- {{ARGS}}
