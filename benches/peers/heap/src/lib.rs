@@ -134,7 +134,8 @@ pub(crate) fn per_operation(start: std::time::Instant, operations: usize) -> f64
     start.elapsed().as_nanos() as f64 / operations as f64
 }
 
-/// Cores this process may use.
+/// Cores this process may use, or as many as `HEAP_PEERS_THREADS` says.
 pub(crate) fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, |n| n.get())
+    let asked = std::env::var("HEAP_PEERS_THREADS").ok().and_then(|text| text.parse().ok());
+    asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
 }

@@ -109,9 +109,7 @@ pub(crate) fn mstress() -> Vec<f64> {
                             1..=19 => random.log_uniform(256, 4 << 10),
                             _ => random.log_uniform(2, 64),
                         };
-                        let mut object = Vec::with_capacity(words);
-                        object.push(1);
-                        kept.push(object);
+                        kept.push(vec![1; words]);
                         if random.below(4) == 0 && !kept.is_empty() {
                             let at = random.below(kept.len());
                             let mut slot = slots[random.below(SLOTS)].lock().unwrap();
