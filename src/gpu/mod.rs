@@ -14,6 +14,8 @@ mod arena;
 mod block;
 mod buffer;
 mod capture;
+#[cfg(test)]
+mod capture_tests;
 mod core;
 mod device;
 pub(crate) mod driver;

@@ -64,6 +64,12 @@ pub(super) enum Mutant {
     NoSealAtClose,
     /// A lane number is given on without going past its old batches.
     KeepNumbers,
+    /// A block freed in a capture does not wait for what its stream did before.
+    ForgetBefore,
+    /// A graph's block that is freed outside of the capture waits for the graph alone.
+    ForgetOutside,
+    /// What a capture uses is not kept from others.
+    CaptureInPublic,
     /// A range that takes in neighbours keeps the batch it had before.
     JoinUnderOldBatch,
     /// What goes back from a cache is taken for complete.
@@ -105,7 +111,7 @@ impl Order {
     }
 
     #[cfg(test)]
-    fn is(&self, mutant: Mutant) -> bool {
+    pub(super) fn is(&self, mutant: Mutant) -> bool {
         self.mutant == Some(mutant)
     }
 
