@@ -21,6 +21,14 @@ asan:
 tsan:
     RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" cargo +nightly test --lib --tests --target x86_64-unknown-linux-gnu --target-dir target/tsan
 
+# The heap under everything at once, at random, for as long as wanted; and under the sanitizers (nightly).
+soak SECONDS="600":
+    MEMORY_POOL_SOAK_SECONDS={{SECONDS}} cargo test --release --lib heap::soak -- --nocapture
+soak-asan SECONDS="600":
+    MEMORY_POOL_SOAK_SECONDS={{SECONDS}} RUSTFLAGS="-Zsanitizer=address" cargo +nightly test --lib --target x86_64-unknown-linux-gnu --target-dir target/asan heap::soak -- --nocapture
+soak-tsan SECONDS="600":
+    MEMORY_POOL_SOAK_SECONDS={{SECONDS}} RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" cargo +nightly test --lib --target x86_64-unknown-linux-gnu --target-dir target/tsan heap::soak -- --nocapture
+
 # Fuzz one target for a while: `just fuzz ranges 600`.
 fuzz TARGET SECONDS="60":
     cargo +nightly fuzz run {{TARGET}} -- -max_total_time={{SECONDS}}

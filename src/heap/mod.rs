@@ -42,6 +42,8 @@ mod segment;
 pub(crate) mod settings;
 mod slot;
 mod slow;
+#[cfg(all(test, not(loom)))]
+mod soak;
 pub(crate) mod stats;
 mod stderr;
 #[cfg(all(test, not(loom)))]

@@ -10,20 +10,20 @@ use std::sync::mpsc;
 use super::*;
 
 /// A hub that is taken down at the end.
-struct TestHub(Box<Hub>);
+pub(super) struct TestHub(pub(super) Box<Hub>);
 
 impl TestHub {
-    fn new(limit: usize) -> Self {
+    pub(super) fn new(limit: usize) -> Self {
         let hub = Box::new(Hub::new(limit));
         hub.enlist();
         Self(hub)
     }
 
-    fn heap(&self) -> TestHeap<'_> {
+    pub(super) fn heap(&self) -> TestHeap<'_> {
         self.try_heap().unwrap()
     }
 
-    fn try_heap(&self) -> Option<TestHeap<'_>> {
+    pub(super) fn try_heap(&self) -> Option<TestHeap<'_>> {
         Some(TestHeap { hub: &self.0, heap: self.0.take_heap()? })
     }
 }
@@ -35,9 +35,9 @@ impl Drop for TestHub {
     }
 }
 
-struct TestHeap<'a> {
+pub(super) struct TestHeap<'a> {
     hub: &'a Hub,
-    heap: &'a ThreadHeap,
+    pub(super) heap: &'a ThreadHeap,
 }
 
 // SAFETY: a test heap is used by one thread at a time.
@@ -63,7 +63,7 @@ impl TestHeap<'_> {
         }
     }
 
-    fn check(&self) {
+    pub(super) fn check(&self) {
         if let Err(broken) = self.heap.check() {
             panic!("{broken}");
         }
@@ -77,15 +77,15 @@ impl Drop for TestHeap<'_> {
     }
 }
 
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 impl Random {
-    fn next(&mut self) -> usize {
+    pub(super) fn next(&mut self) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         (self.0 >> 11) as usize
     }
-    fn below(&mut self, end: usize) -> usize {
+    pub(super) fn below(&mut self, end: usize) -> usize {
         self.next() % end
     }
     /// Small sizes often, large ones now and then.
