@@ -31,7 +31,9 @@ const ALIGN: usize = 16;
 ///
 /// ```
 /// use memory_pool::{DebugConfig, Diagnostics, FindingKind, OnFinding, WatchedHeap};
-/// let heap = WatchedHeap::new(DebugConfig { on_finding: OnFinding::Collect, ..DebugConfig::FULL })?;
+/// let mut debug = DebugConfig::FULL;
+/// debug.on_finding = OnFinding::Collect;
+/// let heap = WatchedHeap::new(debug)?;
 /// let block = heap.alloc(10, 16);
 /// // SAFETY: not at all: the eleventh byte is the bug. The layer keeps a canary there.
 /// unsafe { block.add(10).write(1) };
