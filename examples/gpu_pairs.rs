@@ -4,7 +4,7 @@
 use std::alloc::Layout;
 use std::time::Instant;
 
-use memory_pool::{DevicePool, GpuDevice, PinnedPool, PoolConfig, SimConfig};
+use memory_pool::{DevicePool, GpuDevice, PinnedPool, PoolConfig, SimConfig, Stream};
 
 /// Nanoseconds a pair: the median of eleven runs.
 fn median(mut pair: impl FnMut()) -> f64 {
@@ -50,20 +50,28 @@ fn main() -> memory_pool::Result<()> {
     }
     misses(&gpu, &pool)?;
     for threads in [2, 4, 8, 16] {
-        const PAIRS: u32 = 50_000;
-        let start = Instant::now();
-        std::thread::scope(|scope| {
-            for _ in 0..threads {
-                scope.spawn(|| {
-                    let Ok(stream) = gpu.new_stream() else { return };
-                    for _ in 0..PAIRS {
-                        drop(pool.alloc_uninit::<u8>(1 << 20, &stream));
-                    }
-                });
+        const PAIRS: u32 = 200_000;
+        let each = |pair: &(dyn Fn(&Stream) + Sync)| {
+            let streams: Vec<_> = (0..threads).map_while(|_| gpu.new_stream().ok()).collect();
+            streams.iter().for_each(pair);
+            let start = Instant::now();
+            std::thread::scope(|scope| {
+                for stream in &streams {
+                    scope.spawn(move || (0..PAIRS).for_each(|_| pair(stream)));
+                }
+            });
+            start.elapsed().as_nanos() as f64 / f64::from(PAIRS)
+        };
+        let buffer = each(&|stream| drop(pool.alloc_uninit::<u8>(1 << 20, stream)));
+        let raw = each(&|stream| {
+            if let Ok(block) = pool.allocate_async(1 << 20, stream) {
+                // SAFETY: live, never used, freed once.
+                unsafe { pool.deallocate_async(block, stream) };
             }
         });
-        let pair = start.elapsed().as_nanos() as f64 / f64::from(PAIRS);
-        println!("{threads:>3} threads, a stream each, 1 MiB: {pair:.1} ns a pair and thread");
+        println!(
+            "{threads:>3} threads, a stream each, 1 MiB: {buffer:.1} (buffer), {raw:.1} (raw) ns a pair"
+        );
     }
     Ok(())
 }

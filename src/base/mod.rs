@@ -19,3 +19,4 @@ pub(crate) mod sync;
 pub mod text;
 pub(crate) mod tracking;
 pub mod transfer;
+pub(crate) mod turn;

@@ -2,11 +2,16 @@
 
 use super::super::ranges::CLEAN;
 use crate::base::stats::HISTOGRAM_BUCKETS;
-use crate::base::sync::Lock;
 use crate::base::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use crate::base::turn::Turn;
 
 /// Bins by a hash of the size.
 const BINS: usize = 64;
+/// What a block that is asked for again is worth, against those that are given up.
+const HIT: i32 = 4;
+/// A bin gains no more credit than this, and loses no more.
+const MOST_CREDIT: i32 = 32;
+const LEAST_CREDIT: i32 = -16;
 /// Most blocks in a bin.
 pub(super) const DEPTH: usize = 8;
 
@@ -21,14 +26,18 @@ pub(super) struct Entry {
 #[derive(Clone, Copy, Debug, Default)]
 struct Bin {
     count: usize,
+    /// How much more often its blocks were asked for than given up, within bounds.
+    credit: i32,
     entries: [Entry; DEPTH],
 }
 
 impl Bin {
     fn remove(&mut self, at: usize) -> Entry {
         let entry = self.entries[at];
-        self.entries.copy_within(at + 1..self.count, at);
         self.count -= 1;
+        if at != self.count {
+            self.entries.copy_within(at + 1..=self.count, at);
+        }
         entry
     }
 }
@@ -66,6 +75,7 @@ impl Bins {
         let bin = &mut self.bins[bin_of(granules)];
         let fitting = |entry: &Entry| entry.granules == granules && fits(entry.record);
         let at = bin.entries[..bin.count].iter().rposition(fitting)?;
+        bin.credit = (bin.credit + HIT).min(MOST_CREDIT);
         Some(bin.remove(at))
     }
 
@@ -79,6 +89,16 @@ impl Bins {
             bin.count += 1;
         }
         room
+    }
+
+    /// Whether blocks of this size are asked for again before they are given up; from time to time one is let in to
+    /// find out.
+    pub(super) fn is_worth(&mut self, granules: u32) -> bool {
+        let bin = &mut self.bins[bin_of(granules)];
+        if bin.credit < 0 {
+            bin.credit += 1;
+        }
+        bin.credit >= 0
     }
 
     /// Takes out the oldest block of the bin that a size falls in.
@@ -105,6 +125,7 @@ impl Bins {
             let mut at = 0;
             while at < bin.count {
                 if wanted(bin.entries[at].record) {
+                    bin.credit = if bin.credit > 0 { bin.credit - 1 } else { LEAST_CREDIT };
                     out(bin.remove(at));
                 } else {
                     at += 1;
@@ -123,7 +144,7 @@ impl Bins {
 #[derive(Debug)]
 #[repr(align(128))]
 pub(super) struct Cache {
-    pub(super) bins: Lock<Bins>,
+    pub(super) bins: Turn<Bins>,
     /// Bytes cached; changes while `bins` is locked.
     bytes: AtomicUsize,
     blocks: AtomicUsize,
@@ -141,7 +162,7 @@ impl Cache {
             bins: [Bin::default(); BINS],
         };
         Self {
-            bins: Lock::new(bins),
+            bins: Turn::new(bins),
             bytes: AtomicUsize::new(0),
             blocks: AtomicUsize::new(0),
             low: AtomicUsize::new(0),

@@ -19,7 +19,7 @@
 //! nothing happens when a thread ends.
 //!
 //! To the books a cached block is live; it is free to everybody else, who see [`Records`]. Blocks are cached after their
-//! first free, of which the record is made.
+//! first free, of which the record is made, if blocks of such sizes were asked for again lately.
 //!
 //! Invariants
 //! 1. A cache holds blocks that were freed on its stream and on no other (or, the CPU's, of which all work is complete),
@@ -44,7 +44,7 @@ use super::driver::Driver;
 use super::stream::Stream;
 use crate::base::policy::Strategy;
 use crate::base::stats::MemoryStats;
-use crate::base::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use crate::base::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use crate::engine::Broken;
 
 pub(super) use records::{CACHED, PUBLISHED, Records, SHARED};
@@ -83,10 +83,41 @@ impl Whose {
     }
 }
 
-type Row = Box<[OnceLock<Box<Cache>>]>;
+/// Caches, and which of them there are.
+#[derive(Debug)]
+struct Row {
+    cells: Box<[OnceLock<Box<Cache>>]>,
+    made: AtomicU64,
+}
 
-fn row(len: usize) -> Row {
-    std::iter::repeat_with(OnceLock::new).take(len).collect()
+impl Row {
+    fn new(len: usize) -> Self {
+        Self { cells: std::iter::repeat_with(OnceLock::new).take(len).collect(), made: AtomicU64::new(0) }
+    }
+
+    #[inline]
+    fn get(&self, at: usize) -> Option<&Cache> {
+        self.cells.get(at)?.get().map(|cache| &**cache)
+    }
+
+    fn get_or_make(&self, at: usize) -> Option<&Cache> {
+        let cache = self.cells.get(at)?.get_or_init(|| Box::new(Cache::new()));
+        self.made.fetch_or(1 << at, Relaxed);
+        Some(cache)
+    }
+
+    fn caches(&self) -> impl Iterator<Item = &Cache> {
+        bits(self.made.load(Relaxed)).filter_map(|at| self.get(at))
+    }
+}
+
+/// The numbers of the bits that are set.
+fn bits(mut set: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let at = (set != 0).then(|| set.trailing_zeros() as usize);
+        set &= set.wrapping_sub(1);
+        at
+    })
 }
 
 /// The number of the calling thread, for a share of the CPU's caches.
@@ -114,6 +145,8 @@ pub(super) struct Front {
     /// Most bytes in a cache.
     cap: AtomicUsize,
     rows: Box<[OnceLock<Row>]>,
+    /// Which rows there are.
+    made: AtomicU64,
     cpu: Row,
     records: Arc<Records>,
     /// A test lets all streams have one cache, to see that the detector notices.
@@ -131,37 +164,51 @@ impl Front {
             most: if by_size { MOST_BYTES } else { 0 },
             cap: AtomicUsize::new(LEAST_CAP),
             rows: std::iter::repeat_with(OnceLock::new).take(ROW).collect(),
-            cpu: row(WAYS),
+            made: AtomicU64::new(0),
+            cpu: Row::new(WAYS),
             records,
             #[cfg(test)]
             one_for_all: false.into(),
         }
     }
 
-    fn cell(&self, whose: Whose, make: bool) -> Option<&OnceLock<Box<Cache>>> {
-        #[cfg(test)]
-        let whose = match whose {
-            Whose::Stream(_) if self.one_for_all.load(Relaxed) => Whose::Stream(0),
-            whose => whose,
-        };
-        match whose {
-            Whose::Cpu => self.cpu.get(way()),
-            Whose::Stream(slot) => {
-                let cells = self.rows.get(slot as usize / ROW)?;
-                let cells = if make { cells.get_or_init(|| row(ROW)) } else { cells.get()? };
-                cells.get(slot as usize % ROW)
-            }
-        }
+    #[cfg(test)]
+    fn slot(&self, slot: u32) -> usize {
+        if self.one_for_all.load(Relaxed) { 0 } else { slot as usize }
+    }
+
+    #[cfg(not(test))]
+    #[inline]
+    fn slot(&self, slot: u32) -> usize {
+        slot as usize
     }
 
     #[inline]
     fn cache(&self, whose: Whose) -> Option<&Cache> {
-        self.cell(whose, false)?.get().map(|cache| &**cache)
+        match whose {
+            Whose::Cpu => self.cpu.get(way()),
+            Whose::Stream(slot) => {
+                let slot = self.slot(slot);
+                self.rows.get(slot / ROW)?.get()?.get(slot % ROW)
+            }
+        }
+    }
+
+    fn cache_or_new(&self, whose: Whose) -> Option<&Cache> {
+        match whose {
+            Whose::Cpu => self.cpu.get_or_make(way()),
+            Whose::Stream(slot) => {
+                let slot = self.slot(slot);
+                let row = self.rows.get(slot / ROW)?.get_or_init(|| Row::new(ROW));
+                self.made.fetch_or(1 << (slot / ROW), Relaxed);
+                row.get_or_make(slot % ROW)
+            }
+        }
     }
 
     fn caches(&self) -> impl Iterator<Item = &Cache> {
-        let streams = self.rows.iter().filter_map(OnceLock::get).flatten();
-        streams.chain(&self.cpu).filter_map(|cell| cell.get().map(|cache| &**cache))
+        let rows = bits(self.made.load(Relaxed)).filter_map(|at| self.rows[at].get());
+        rows.chain([&self.cpu]).flat_map(Row::caches)
     }
 
     /// A cached block for a request of `bytes`, rounded as the pool rounds them.
@@ -224,14 +271,13 @@ impl Front {
             return false;
         }
         let flags = if core.is_published(ticket) { PUBLISHED } else { 0 };
+        let Some(cache) = self.cache_or_new(whose) else { return false };
+        let mut bins = cache.bins.lock();
+        if !bins.is_worth((len >> self.shift) as u32) {
+            return false;
+        }
         let record = self.records.find(start).or_else(|| self.records.add(start, len, ticket, flags));
         let Some((number, record)) = record else { return false };
-        let Some(cell) = self.cell(whose, true) else {
-            self.records.remove(start);
-            return false;
-        };
-        let cache = &**cell.get_or_init(|| Box::new(Cache::new()));
-        let mut bins = cache.bins.lock();
         (bins.open, bins.lane) = (true, lane);
         while cache.bytes() + len > self.cap.load(Relaxed) {
             let Some(entry) = bins.pop_any() else { break };
