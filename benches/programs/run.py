@@ -7,8 +7,9 @@
     benches/programs/run.py large stress    # some of either
     benches/programs/run.py --rounds 5 --threads 16
 
-The others are found where Debian puts them (libjemalloc2, libtcmalloc-minimal4, libmimalloc2.0). mimalloc 3 is built
-from the sources of the crate `libmimalloc-sys`, once cargo has fetched them (`cargo fetch` in benches/peers/heap).
+The others are found where Debian puts them (libjemalloc2, libtcmalloc-minimal4, libmimalloc2.0). mimalloc 3 and
+rpmalloc are built from the sources in the crates `libmimalloc-sys` and `rpmalloc-sys`, once cargo has fetched them
+(`cargo fetch` in benches/peers/heap).
 Time is what the program took (`wall`) or used (`cpu`, of all its threads and children, for machines that do other
 things as well); memory is the peak of its largest process.
 """
@@ -31,20 +32,27 @@ OURS = os.path.join(ROOT, "target", "release", "examples", "libmalloc_preload.so
 DEBIAN = "/usr/lib/x86_64-linux-gnu/"
 
 
-def mimalloc3():
-    """mimalloc 3 as a shared library, or None."""
-    library = os.path.join(BUILT, "libmimalloc3.so")
-    homes = [os.environ.get("CARGO_HOME"), os.path.expanduser("~/.cargo")]
-    for home in filter(None, homes):
-        for source in glob.glob(home + "/registry/src/*/libmimalloc-sys-*/c_src/mimalloc/v3"):
+def from_crate(name, folder, arguments):
+    """The library `name`, built of C sources that a crate brings along; None where cargo has not fetched it."""
+    library = os.path.join(BUILT, f"lib{name}.so")
+    for home in filter(None, [os.environ.get("CARGO_HOME"), os.path.expanduser("~/.cargo")]):
+        for source in glob.glob(f"{home}/registry/src/*/{folder}"):
             if not os.path.exists(library):
-                subprocess.run(
-                    ["gcc", "-O3", "-DNDEBUG", "-fPIC", "-shared", "-DMI_SHARED_LIB", "-DMI_SHARED_LIB_EXPORT",
-                     "-DMI_MALLOC_OVERRIDE", "-ftls-model=initial-exec", "-fvisibility=hidden", "-fno-builtin-malloc",
-                     "-I", source + "/include", "-o", library, source + "/src/static.c", "-lpthread"],
-                    check=True)
-            return library
-    return library if os.path.exists(library) else None
+                subprocess.run(["gcc", "-O3", "-DNDEBUG", "-fPIC", "-shared", "-ftls-model=initial-exec",
+                                "-fvisibility=hidden", "-fno-builtin-malloc", "-w", "-o", library,
+                                *(part.format(source) for part in arguments), "-lpthread"], check=True)
+            return [library]
+    return [library] if os.path.exists(library) else []
+
+
+def mimalloc3():
+    return from_crate("mimalloc3", "libmimalloc-sys-*/c_src/mimalloc/v3", [
+        "-DMI_SHARED_LIB", "-DMI_SHARED_LIB_EXPORT", "-DMI_MALLOC_OVERRIDE", "-I", "{}/include", "{}/src/static.c"])
+
+
+def rpmalloc():
+    return from_crate("rpmalloc", "rpmalloc-sys-*/rpmalloc/rpmalloc", [
+        "-D_GNU_SOURCE", "-DENABLE_PRELOAD=1", "-DENABLE_OVERRIDE=1", "-I", "{}", "{}/rpmalloc.c"])
 
 
 def allocators():
@@ -57,7 +65,8 @@ def allocators():
         "jemalloc": glob.glob(DEBIAN + "libjemalloc.so.2"),
         "tcmalloc": glob.glob(DEBIAN + "libtcmalloc_minimal.so.4"),
         "mimalloc 2": glob.glob(DEBIAN + "libmimalloc.so.2"),
-        "mimalloc 3": [path for path in [mimalloc3()] if path],
+        "mimalloc 3": mimalloc3(),
+        "rpmalloc": rpmalloc(),
     }
     for name, paths in others.items():
         if paths:
