@@ -29,7 +29,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 BUILT = os.path.join(ROOT, "target", "programs")
 OURS = os.path.join(ROOT, "target", "release", "examples", "libmalloc_preload.so")
-DEBIAN = "/usr/lib/x86_64-linux-gnu/"
+DEBIAN = "/usr/lib/x86_64-linux-gnu"
 
 
 def from_crate(name, folder, arguments):
@@ -55,16 +55,16 @@ def rpmalloc():
         "-D_GNU_SOURCE", "-DENABLE_PRELOAD=1", "-DENABLE_OVERRIDE=1", "-I", "{}", "{}/rpmalloc.c"])
 
 
-def allocators():
+def allocators(peers):
     """Name and library of all that are here; glibc's needs none."""
     os.makedirs(BUILT, exist_ok=True)
     if not os.path.exists(OURS):
         sys.exit("first: cargo build --release --example malloc_preload")
     found = {"memory-pool": OURS, "glibc": ""}
     others = {
-        "jemalloc": glob.glob(DEBIAN + "libjemalloc.so.2"),
-        "tcmalloc": glob.glob(DEBIAN + "libtcmalloc_minimal.so.4"),
-        "mimalloc 2": glob.glob(DEBIAN + "libmimalloc.so.2"),
+        "jemalloc": glob.glob(peers + "/libjemalloc.so.2"),
+        "tcmalloc": glob.glob(peers + "/libtcmalloc_minimal.so.4"),
+        "mimalloc 2": glob.glob(peers + "/libmimalloc.so.2"),
         "mimalloc 3": mimalloc3(),
         "rpmalloc": rpmalloc(),
     }
@@ -211,6 +211,7 @@ def main():
     options.add_argument("--threads", type=int, default=0, help="for those that take a number")
     options.add_argument("--time", choices=["wall", "cpu"], default="wall")
     options.add_argument("--against", default="mimalloc 3", help="what the means compare with")
+    options.add_argument("--peers", default=DEBIAN, help="the folder of Debian's libraries, on other machines")
     options.add_argument("--only", nargs="*", help="names of allocators")
     chosen = options.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -220,7 +221,7 @@ def main():
 
 
 def report(chosen, programs):
-    libraries = {name: path for name, path in allocators().items() if not chosen.only or name in chosen.only}
+    libraries = {name: path for name, path in allocators(chosen.peers).items() if not chosen.only or name in chosen.only}
     clock = 0 if chosen.time == "wall" else 1
     print(f"| {chosen.time} s (peak MiB) | " + " | ".join(libraries) + " |")
     print("|---" * (len(libraries) + 1) + "|", flush=True)
