@@ -9,7 +9,7 @@ use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use super::guard::Guard;
-use super::large::{Buried, Larges};
+use super::large::{Buried, Larges, drop_spare};
 use super::list::List;
 use super::lock::SpinLock;
 use super::registry;
@@ -473,7 +473,7 @@ impl Hub {
     /// Gives back what unowned segments hold; returns the bytes.
     pub(crate) fn trim(&self) -> usize {
         self.trims.fetch_add(1, Ordering::Relaxed);
-        let mut given = 0;
+        let mut given = drop_spare(self, 0);
         {
             let shared = &mut *self.shared.lock();
             for segment in shared.abandoned.iter() {

@@ -8,6 +8,7 @@
 //! ```
 //! 1. The books are found where those of a segment would be, so both begin with a `Head`.
 //! 2. All larges of a hub are on its list, under its lock; the fields of one belong to who holds its block.
+//! 3. A mapping that is kept spare is charged, mapped without guard pages, and in no book but `Buried`.
 
 use core::cell::Cell;
 use core::ptr::{self, NonNull};
@@ -103,24 +104,23 @@ impl Large {
     }
 }
 
-/// A zeroed block; null where there is no memory or the limit is reached.
+/// A block, and whether it is zero; null where there is no memory or the limit is reached.
 #[cold]
-pub(crate) fn alloc(hub: &Hub, size: usize, align: usize) -> *mut u8 {
+pub(crate) fn alloc(hub: &Hub, size: usize, align: usize) -> (*mut u8, bool) {
+    const NONE: (*mut u8, bool) = (ptr::null_mut(), false);
     let page = os::page_size();
     // Behind the books, at a multiple of the alignment; see `segment_of` for alignments past a segment.
     let guard = hub.settings.guard_page();
     let offset = align.max(page + guard);
     let Some(len) = size.checked_add(offset + guard).and_then(|sum| sum.checked_next_multiple_of(page))
     else {
-        return ptr::null_mut();
+        return NONE;
     };
-    if len > isize::MAX as usize || !hub.charge(len) {
-        return ptr::null_mut();
+    if len > isize::MAX as usize {
+        return NONE;
     }
-    let Some(base) = hub.map(len, align.max(SEGMENT)) else {
-        hub.refund(len);
-        return ptr::null_mut();
-    };
+    let spare = if align <= page { from_spare(hub, len) } else { None };
+    let Some(base) = spare.or_else(|| mapping(hub, len, align.max(SEGMENT))) else { return NONE };
     let block = base.wrapping_add(offset);
     let books = segment_of(block).cast::<Large>();
     let from = books as usize;
@@ -128,9 +128,13 @@ pub(crate) fn alloc(hub: &Hub, size: usize, align: usize) -> *mut u8 {
         // SAFETY: nobody has seen the mapping.
         unsafe { hub.unmap(base, len) };
         hub.refund(len);
-        return ptr::null_mut();
+        return NONE;
     }
-    // SAFETY: zeroed memory of the fresh mapping; all zero is a valid value.
+    if spare.is_some() {
+        // SAFETY: the books of the block that was here before, which nobody knows any more.
+        unsafe { books.cast_mut().write_bytes(0, 1) };
+    }
+    // SAFETY: zeroed memory of the mapping; all zero is a valid value.
     let large = unsafe { &*books };
     large.head.hub.set(hub);
     large.head.large.set(true);
@@ -145,14 +149,86 @@ pub(crate) fn alloc(hub: &Hub, size: usize, align: usize) -> *mut u8 {
         }
     }
     large.enlist();
-    block
+    (block, spare.is_none())
 }
 
-/// Frees a large block.
+/// A fresh mapping, charged.
+fn mapping(hub: &Hub, len: usize, align: usize) -> Option<*mut u8> {
+    if !hub.charge(len) {
+        return None;
+    }
+    let base = hub.map(len, align);
+    if base.is_none() {
+        hub.refund(len);
+    }
+    base
+}
+
+/// Frees a large block. One mapping that is small beside the live ones is kept (3): the next block finds pages there.
 #[cold]
 pub(crate) fn free(large: &Large) {
     large.delist();
-    release(large);
+    let hub = large.hub();
+    let (base, len) = (large.base.get(), large.len.get());
+    // A quarter of the half of what is live, or what the configuration says instead.
+    let most = hub.settings.keep(hub.counters.large_live.load(Ordering::Relaxed)) / 4;
+    let plain = hub.settings.guard_page() + hub.settings.seal() == 0;
+    if !plain || len > most || large.block.get() - base > os::page_size() {
+        drop_spare(hub, most);
+        return release(large);
+    }
+    let from = ptr::from_ref(large) as usize;
+    registry::remove(from, base + len - from);
+    let before = hub.buried.lock().spare.replace((base, len));
+    unmap_spare(hub, before);
+}
+
+/// Gives the mapping that is kept back if it is larger than `most`; returns its bytes.
+pub(super) fn drop_spare(hub: &Hub, most: usize) -> usize {
+    let spare = hub.buried.lock().spare.take_if(|(_, len)| *len > most);
+    unmap_spare(hub, spare)
+}
+
+fn unmap_spare(hub: &Hub, spare: Option<(usize, usize)>) -> usize {
+    let Some((base, len)) = spare else { return 0 };
+    // SAFETY: a mapping that nobody knows any more (3).
+    unsafe { hub.unmap(base as *mut u8, len) };
+    hub.refund(len);
+    len
+}
+
+/// The mapping that is kept, cut or grown to `len` bytes.
+fn from_spare(hub: &Hub, len: usize) -> Option<*mut u8> {
+    let (base, old) = hub.buried.lock().spare.take()?;
+    let base = NonNull::new(base as *mut u8)?;
+    if len <= old {
+        if len < old {
+            // SAFETY: the end of a mapping that nobody knows (3).
+            unsafe { hub.unmap(base.as_ptr().wrapping_add(len), old - len) };
+            hub.refund(old - len);
+        }
+        return Some(base.as_ptr());
+    }
+    if hub.charge(len - old) {
+        hub.count_call();
+        // SAFETY: a mapping that nobody knows (3).
+        if hub.let_through() && unsafe { os::remap(base, old, len, false) }.is_some() {
+            hub.counters.reserved.fetch_add(len - old, Ordering::Relaxed);
+            return Some(base.as_ptr());
+        }
+        if let Some(to) = hub.map(len, SEGMENT).and_then(NonNull::new) {
+            // SAFETY: two whole mappings of ours; the new one is empty.
+            if hub.let_through() && unsafe { os::remap_onto(base, old, to, len) }.is_some() {
+                hub.counters.reserved.fetch_sub(old, Ordering::Relaxed);
+                return Some(to.as_ptr());
+            }
+            // SAFETY: nobody has seen the place.
+            unsafe { hub.unmap(to.as_ptr(), len) };
+        }
+        hub.refund(len - old);
+    }
+    unmap_spare(hub, Some((base.as_ptr() as usize, old)));
+    None
 }
 
 /// Frees a large block whose place is not to be used again soon: it stays, inaccessible and empty, until others came
@@ -175,15 +251,18 @@ pub(super) fn bury(large: &Large) {
     }
 }
 
-/// The places (base, length) of the large blocks freed last.
+/// The places (base, length) of large blocks freed.
 pub(super) struct Buried {
+    /// The last ones, of a heap that delays reuse; empty.
     places: [(usize, usize); 8],
     next: usize,
+    /// A whole mapping, pages and all, for the next block.
+    spare: Option<(usize, usize)>,
 }
 
 impl Buried {
     pub(super) const fn new() -> Self {
-        Self { places: [(0, 0); 8], next: 0 }
+        Self { places: [(0, 0); 8], next: 0, spare: None }
     }
 
     /// Puts a place in; returns the one that leaves.
@@ -210,6 +289,7 @@ fn release(large: &Large) {
 
 /// Frees all of a hub's.
 pub(super) fn release_all(hub: &Hub) {
+    drop_spare(hub, 0);
     loop {
         let Some(large) = hub.larges.lock().0.pop_front().map(ptr::from_ref) else { return };
         // SAFETY: nobody uses the hub's blocks any more.

@@ -125,13 +125,13 @@ impl ThreadHeap {
         if !self.may_hold(size) {
             return (ptr::null_mut(), false);
         }
-        let block = large::alloc(self.hub(), size, align);
+        let (block, zeroed) = large::alloc(self.hub(), size, align);
         if block.is_null() {
             // What is idle may bring us below the limit.
             self.purge_all();
-            return (large::alloc(self.hub(), size, align), true);
+            return large::alloc(self.hub(), size, align);
         }
-        (block, true)
+        (block, zeroed)
     }
 
     /// Runs `request` with growth forbidden.

@@ -93,7 +93,7 @@ impl ThreadHeap {
                 }
             }
         }
-        self.purge(0)
+        self.purge(0) + super::large::drop_spare(self.hub(), 0)
     }
 
     /// Gives back the idle slices of a segment.

@@ -406,6 +406,39 @@ fn large_blocks_grow_without_copying() {
 }
 
 #[test]
+fn a_large_block_takes_the_pages_of_one_freed_and_no_more_than_a_part_is_kept() {
+    const SIZE: usize = 4 << 20;
+    let hub = TestHub::new(usize::MAX);
+    let heap = hub.heap();
+    let held = || hub.0.counters.reserved.load(Ordering::Relaxed);
+    let mut blocks: Vec<_> = (0..24).map(|_| heap.alloc(SIZE, 64)).collect();
+    for (step, size) in
+        [SIZE, SIZE / 2, 2 * SIZE, SIZE + 4096, 3 * SIZE, 2 << 20].into_iter().enumerate().cycle().take(40)
+    {
+        let at = step * 7 % blocks.len();
+        let before = (held(), hub.0.counters.large_live.load(Ordering::Relaxed));
+        fill(blocks[at], SIZE / 2, 0xEE);
+        heap.free(blocks[at], SIZE, 64);
+        assert!(!owns(&hub.0, blocks[at].addr()), "free is free, its pages kept or not");
+        let idle = held() + before.1 - before.0 - hub.0.counters.large_live.load(Ordering::Relaxed);
+        assert!(idle <= before.1 / 8, "{idle} bytes kept beside {}", before.1);
+        let (block, zeroed) = heap.heap.alloc_big(size, 64);
+        assert!(block_size_at(&hub.0, block).is_some_and(|usable| usable >= size));
+        // SAFETY: a live block of that size.
+        let bytes = unsafe { std::slice::from_raw_parts(block, size) };
+        assert!(!zeroed || bytes.iter().all(|byte| *byte == 0), "said to be zero");
+        blocks[at] = block;
+    }
+    heap.check();
+    let all = held();
+    blocks.into_iter().for_each(|block| heap.free(block, 2 << 20, 64));
+    heap.heap.purge_all();
+    assert_eq!(hub.0.counters.large_live.load(Ordering::Relaxed), 0);
+    assert!(all - held() >= 24 * (2 << 20), "no large block, and nothing kept for one");
+    assert_eq!(hub.0.trim(), 0, "nothing was left to give");
+}
+
+#[test]
 fn absurd_requests_are_refused() {
     let hub = TestHub::new(usize::MAX);
     let heap = hub.heap();
