@@ -1,5 +1,7 @@
 //! What the engine targets share: a script read from the fuzzer's bytes, run on any engine against a model.
 
+pub mod pools;
+
 use std::alloc::Layout;
 use std::collections::BTreeMap;
 
