@@ -123,7 +123,7 @@ fn bits(mut set: u64) -> impl Iterator<Item = usize> {
 /// The number of the calling thread, for a share of the CPU's caches.
 #[inline]
 fn way() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    static NEXT: core::sync::atomic::AtomicUsize = core::sync::atomic::AtomicUsize::new(0);
     thread_local! {
         static WAY: Cell<usize> = const { Cell::new(usize::MAX) };
     }
