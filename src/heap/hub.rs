@@ -476,11 +476,10 @@ impl Hub {
         let mut given = drop_spare(self, 0);
         {
             let shared = &mut *self.shared.lock();
-            for segment in shared.abandoned.iter() {
-                // The lock makes it this thread's.
-                given += self.discard_idle(segment);
-            }
-            shared.warm -= given;
+            // The lock makes them this thread's.
+            let idle: usize = shared.abandoned.iter().map(|segment| self.discard_idle(segment)).sum();
+            shared.warm -= idle;
+            given += idle;
         }
         for kind in 0..2 {
             // Those that the system refuses go to the end of the list, where the count stops.
