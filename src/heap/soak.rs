@@ -3,9 +3,9 @@
 //! invariants are checked on the way. `cargo test` does it for seconds; `just soak 600` for as long as one likes.
 
 use core::cell::Cell;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use super::lock::SpinLock;
 use super::tests::{Random, TestHeap, TestHub};
 use super::*;
 use crate::base::heap_config::{Hardening, HeapConfig, HugeUse, Purge};
@@ -44,7 +44,8 @@ impl Block {
 /// One hub and what is on its way between its threads.
 struct Round {
     hub: TestHub,
-    mail: [Mutex<Vec<Block>>; WORKERS],
+    /// Under the heap's own lock, since the thread sanitizer does not see into that of std.
+    mail: [SpinLock<Vec<Block>>; WORKERS],
     /// Whether calls to the system are made to fail.
     faults: bool,
     may_refuse: bool,
@@ -74,7 +75,12 @@ impl Round {
         let faults = random.below(4) == 0;
         let hub = TestHub::new(config.limit);
         hub.0.configure(&config);
-        Self { hub, mail: Default::default(), faults, may_refuse: faults || config.limit != usize::MAX }
+        Self {
+            hub,
+            mail: core::array::from_fn(|_| SpinLock::new(Vec::new())),
+            faults,
+            may_refuse: faults || config.limit != usize::MAX,
+        }
     }
 
     fn run(&self, seed: u64, steps: usize) {
@@ -88,7 +94,7 @@ impl Round {
         });
         self.hub.0.fail_after.store(u64::MAX, Ordering::Relaxed);
         let heap = self.hub.heap();
-        for block in self.mail.iter().flat_map(|mail| core::mem::take(&mut *mail.lock().unwrap())) {
+        for block in self.mail.iter().flat_map(|mail| core::mem::take(&mut *mail.lock())) {
             block.verify();
             free(&heap, &block);
         }
@@ -139,7 +145,7 @@ impl<'a> Worker<'a> {
                 0..150 => self.free_one(),
                 150..170 => self.send_one(),
                 170..184 => {
-                    let arrived = core::mem::take(&mut *self.round.mail[self.number].lock().unwrap());
+                    let arrived = core::mem::take(&mut *self.round.mail[self.number].lock());
                     self.live.extend(arrived);
                 }
                 184..196 => self.resize_one(),
@@ -148,7 +154,7 @@ impl<'a> Worker<'a> {
         }
         self.heap = self.heap.or_else(|| self.round.hub.try_heap());
         let Some(heap) = &self.heap else {
-            return self.round.mail[self.number].lock().unwrap().extend(self.live);
+            return self.round.mail[self.number].lock().extend(self.live);
         };
         for block in &self.live {
             block.verify();
@@ -197,7 +203,7 @@ impl<'a> Worker<'a> {
     fn send_one(&mut self) {
         let to = self.random.below(WORKERS);
         if let Some(block) = self.any() {
-            self.round.mail[to].lock().unwrap().push(block);
+            self.round.mail[to].lock().push(block);
         }
     }
 
