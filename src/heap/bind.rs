@@ -16,13 +16,15 @@ use core::fmt::Write;
 use core::ptr;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use super::hub::{self, Hub};
+use super::fork;
+use super::hub::Hub;
 use super::large;
+use super::outbox::post_one;
 use super::registry;
-use super::segment::{SINGLE, segment_of};
+use super::segment::segment_of;
 use super::settings::{self, Part};
 use super::slot;
-use super::slow::post_one;
+use super::span::SINGLE;
 use super::stderr::Stderr;
 use super::thread::{ENDED, Front, ThreadHeap, UNBOUND};
 use crate::base::heap_config::HeapConfig;
@@ -332,7 +334,7 @@ pub(crate) fn prepare() {
             KEY.store(key as u64, Ordering::Release);
         }
         PREPARED.store(2, Ordering::Release);
-        libc::pthread_atfork(Some(hub::before_fork), Some(hub::after_fork), Some(hub::after_fork));
+        libc::pthread_atfork(Some(fork::before_fork), Some(fork::after_fork), Some(fork::after_fork));
     }
 }
 

@@ -1,7 +1,8 @@
 //! The walk over every invariant of a thread's heap.
 
 use super::class;
-use super::segment::{Place, Segment, Span};
+use super::segment::Segment;
+use super::span::{Place, Span};
 use super::thread::ThreadHeap;
 use crate::engine::Broken;
 

@@ -8,8 +8,9 @@ use core::ptr::NonNull;
 use core::sync::atomic::Ordering;
 
 use super::fault;
-use super::segment::{HEADER, SEGMENT, SLICE, Segment, Span};
+use super::segment::{HEADER, SEGMENT, SLICE, Segment};
 use super::settings::Part;
+use super::span::Span;
 use super::thread::ThreadHeap;
 use crate::source::os;
 

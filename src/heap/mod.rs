@@ -4,16 +4,16 @@
 //! |---|---|
 //! | class | one of 80 block sizes (`class`) |
 //! | block | what a program gets |
-//! | span | 1 to 16 slices cut into blocks of one class, or one larger block (`segment`) |
+//! | span | 1 to 16 slices cut into blocks of one class, or one larger block (`span`) |
 //! | slice | 64 KiB of a segment |
 //! | segment | 4 MiB with one owner |
-//! | heap | what one thread owns: segments, stacks of free blocks (`thread`, `slow`, `purge`) |
-//! | hub | what the threads of one pool share (`hub`) |
+//! | heap | what one thread owns: segments, stacks of free blocks (`thread`, `holdings`, `purge`) |
+//! | hub | what the threads of one pool share (`hub`, `budget`), and segments without owner (`unowned`) |
 //! | cache, outbox | a thread's stacks of own free blocks, and of other threads' blocks |
 //! | large | a block with a mapping of its own (`large`) |
 //!
-//! The way of a block: *carved* from its span, popped from a cache by `alloc`, pushed by `free`; in batches
-//! back to the bitmap of its span by its owner (`flush`), or to a second bitmap by other threads (`remote`).
+//! The way of a block: *carved* from its span, popped from a cache by `alloc` (`refill`), pushed by `free`; in
+//! batches back to the bitmap of its span by its owner (`flush`), or to a second one by others (`outbox`, `remote`).
 //! The fast paths touch the stacks and nothing else, hold no lock and have no locked instruction.
 //!
 //! Who may touch what: a thread its own heap and the cells of its segments; any thread the atomics of a
@@ -22,33 +22,41 @@
 //! segment or frees into them.
 
 mod bind;
+mod budget;
 mod check;
 mod class;
 mod fault;
 mod fence;
+mod flush;
+mod fork;
 mod guard;
+mod holdings;
 mod hub;
 mod large;
 mod list;
 mod lock;
 #[cfg(all(test, loom))]
 mod loom_models;
+mod outbox;
 mod purge;
+mod refill;
 mod registry;
 mod regret;
 mod remote;
 mod seal;
 mod segment;
 pub(crate) mod settings;
+mod single;
 mod slot;
-mod slow;
 #[cfg(all(test, not(loom)))]
 mod soak;
+mod span;
 pub(crate) mod stats;
 mod stderr;
 #[cfg(all(test, not(loom)))]
 mod tests;
 mod thread;
+mod unowned;
 
 pub(crate) use bind::{prepare as prepare_process, process};
 pub(crate) use class::{MAX as CLASS_MAX, MIN_ALIGN, of_layout, of_small, size as class_size};
@@ -62,8 +70,9 @@ use core::sync::atomic::Ordering;
 
 use crate::base::host::Resized;
 use large::Large;
-use segment::{NO_CLASS, SEGMENT, SINGLE, SLICE, Segment, segment_of};
+use segment::{SEGMENT, SLICE, Segment, segment_of};
 use settings::Part;
+use span::{NO_CLASS, SINGLE};
 
 /// Largest block that shares a segment with others.
 const SINGLE_MAX: usize = 1 << 20;

@@ -9,7 +9,8 @@ use core::ptr;
 use core::sync::atomic::Ordering;
 
 use super::class;
-use super::segment::{Place, Segment, Span};
+use super::segment::Segment;
+use super::span::{Place, Span};
 use super::thread::{ThreadHeap, bump, lower};
 use crate::source::os;
 

@@ -23,7 +23,8 @@ use super::class::{self, COUNT};
 use super::guard::Guard;
 use super::hub::Hub;
 use super::list::List;
-use super::segment::{PartialSpans, RoomySegments, Segment, SegmentQueue, Segments, Span, SpanQueue};
+use super::segment::{RoomySegments, Segment, SegmentQueue, Segments};
+use super::span::{PartialSpans, Span, SpanQueue};
 
 /// One place of a stack. Atomic, since statistics read the stacks of other threads.
 pub(crate) type Slot = AtomicPtr<u8>;

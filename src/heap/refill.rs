@@ -1,0 +1,231 @@
+//! How an empty cache is filled: from free blocks of spans, or from parts of spans that were never used.
+
+use core::ptr;
+use core::sync::atomic::Ordering;
+
+use super::segment::{HEADER, SLICE};
+use super::span::{Place, Span};
+use super::thread::{ThreadHeap, bump};
+use crate::source::os;
+
+/// Refills after which the outboxes are posted, however little is in them.
+const OUTBOX_AGE: u32 = 64;
+
+impl ThreadHeap {
+    /// Fills the empty cache of `class` and returns one block; null when there is no memory.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn refill(&self, class: usize) -> *mut u8 {
+        self.housekeeping();
+        let bin = &self.bins[class];
+        let most = (self.capacity(class) / 2) as u32;
+        let guard = self.guard();
+        let want = if guard.is_none() { bin.batch.get().clamp(most.min(4), most) } else { most };
+        bin.batch.set(want * 2);
+        let bottom = self.bottom(class);
+        debug_assert_eq!(self.top(class), bottom);
+        let mut at = bottom;
+        let gathered = self.gather(class, want as usize, &mut |block| {
+            // SAFETY: at most `want` blocks, which the stack has room for.
+            unsafe {
+                (*at).store(block, Ordering::Relaxed);
+                at = at.add(1);
+            }
+        });
+        if gathered == 0 {
+            return ptr::null_mut();
+        }
+        // Lowest addresses are popped first.
+        // SAFETY: the slots just written.
+        let slots = unsafe { core::slice::from_raw_parts(bottom, gathered) };
+        for low in 0..gathered / 2 {
+            let high = gathered - 1 - low;
+            let (a, b) = (slots[low].load(Ordering::Relaxed), slots[high].load(Ordering::Relaxed));
+            slots[low].store(b, Ordering::Relaxed);
+            slots[high].store(a, Ordering::Relaxed);
+        }
+        if let Some(guard) = guard {
+            guard.shuffle(slots);
+        }
+        self.set_top(class, bottom.wrapping_add(gathered - 1));
+        self.high_water.set(self.high_water.get().max(self.live.get()));
+        bump(&self.tally.refills, 1);
+        slots[gathered - 1].load(Ordering::Relaxed)
+    }
+
+    /// What is done once in a while, whatever the thread does.
+    pub(super) fn housekeeping(&self) {
+        let trims = self.hub().trims();
+        if self.trims_seen.get() != trims {
+            self.trims_seen.set(trims);
+            self.purge(0);
+        }
+        match self.refills_left.get() {
+            0 => {
+                self.refills_left.set(OUTBOX_AGE);
+                self.post_all();
+                if self.shrinking.get() {
+                    self.set_shrinking(false);
+                }
+            }
+            left => self.refills_left.set(left - 1),
+        }
+    }
+
+    /// Takes up to `want` blocks of `class` out of spans, at least one unless memory is short.
+    fn gather(&self, class: usize, want: usize, sink: &mut dyn FnMut(*mut u8)) -> usize {
+        let mut taken = self.take_free(class, want, sink);
+        if taken > 0 {
+            return taken;
+        }
+        if self.collect_some() {
+            taken = self.take_free(class, want, sink);
+            if taken > 0 {
+                return taken;
+            }
+        }
+        // SAFETY: the current span is this heap's, or null.
+        let current = unsafe { self.bins[class].current.get().as_ref() };
+        if let Some(span) = current {
+            taken = self.carve(span, want, sink);
+            if taken > 0 {
+                return taken;
+            }
+        }
+        // Memory that is there before memory that must be had from the system.
+        let mut span = self.idle_span(class);
+        if span.is_none() && self.reuse() {
+            taken = self.take_free(class, want, sink);
+            if taken > 0 {
+                return taken;
+            }
+            span = self.idle_span(class);
+        }
+        if let Some(span) = span.or_else(|| self.new_span(class)) {
+            self.replace_current(class, span);
+            taken = self.carve(span, want, sink);
+        }
+        if taken == 0 {
+            // A last effort: what is idle elsewhere may bring us below the limit.
+            self.flush_all();
+            self.collect_all();
+            self.purge(0);
+            taken = self.take_free(class, want, sink);
+        }
+        taken
+    }
+
+    /// Takes free blocks of the current span, then of partial ones.
+    fn take_free(&self, class: usize, want: usize, sink: &mut dyn FnMut(*mut u8)) -> usize {
+        let bin = &self.bins[class];
+        let mut taken = 0;
+        // SAFETY: as in `gather`.
+        if let Some(span) = unsafe { bin.current.get().as_ref() }
+            && span.free_count.get() > 0
+        {
+            taken += self.take_from(span, want, sink);
+        }
+        while taken < want
+            && let Some(span) = bin.partial.front()
+        {
+            taken += self.take_from(span, want - taken, sink);
+            if span.free_count.get() == 0 {
+                bin.partial.remove(span);
+                span.place.set(Place::Full);
+                span.rearm();
+            }
+        }
+        taken
+    }
+
+    /// Makes a fresh span the one its class is carved from.
+    fn replace_current(&self, class: usize, span: &Span) {
+        let bin = &self.bins[class];
+        // SAFETY: as in `gather`.
+        if let Some(old) = unsafe { bin.current.get().as_ref() } {
+            old.place.set(Place::Full);
+            if old.free_count.get() > 0 {
+                old.place.set(Place::Partial);
+                bin.partial.push_back(old);
+            }
+            old.rearm();
+        }
+        span.place.set(Place::Current);
+        bin.current.set(span);
+        span.rearm();
+    }
+
+    fn take_from(&self, span: &Span, want: usize, sink: &mut dyn FnMut(*mut u8)) -> usize {
+        let unsettled = span.unsettled();
+        let guard = self.guard().filter(|_| span.wiped.get());
+        let taken = if span.discarded.get() == 0 && guard.is_none() {
+            span.take(want, sink)
+        } else {
+            let (page, mut back) = (os::page_size(), 0);
+            let segment = self.segment_of_span(span);
+            let taken = span.take(want, |block| {
+                back += segment.revive(span, block as usize, page);
+                if let Some(guard) = guard {
+                    guard.on_take(block, span.size.get() as usize);
+                }
+                sink(block);
+            });
+            bump(&self.tally.committed, back as u64);
+            self.hub().took(back);
+            taken
+        };
+        span.settled.set(span.settled.get().min(span.free_count.get()));
+        span.rearm();
+        self.pending.set(self.pending.get() - (unsettled - span.unsettled()));
+        self.live.set(self.live.get() + taken * span.size.get() as usize);
+        bump(&self.tally.out[span.class.get() as usize], taken as u64);
+        taken
+    }
+
+    /// Hands out blocks that were never used.
+    fn carve(&self, span: &Span, want: usize, sink: &mut dyn FnMut(*mut u8)) -> usize {
+        let carved = span.carved.get() as usize;
+        let mut count = want.min(span.capacity.get() as usize - carved);
+        if count > 0 && !self.commit(span, carved + count) {
+            count = usize::from(self.commit(span, carved + 1));
+        }
+        if let Some(guard) = self.guard() {
+            (carved..carved + count)
+                .for_each(|index| guard.on_carve(span.block(index), span.size.get() as usize));
+        }
+        for index in carved..carved + count {
+            sink(span.block(index));
+        }
+        if count > 0 {
+            span.carved.set((carved + count) as u32);
+            span.rearm();
+            self.live.set(self.live.get() + count * span.size.get() as usize);
+            bump(&self.tally.out[span.class.get() as usize], count as u64);
+        }
+        count
+    }
+
+    /// Counts the memory that a span holds once `carved` blocks are carved; false past the limit.
+    pub(super) fn commit(&self, span: &Span, carved: usize) -> bool {
+        let first = span.first.get() as usize;
+        let start =
+            self.segment_of_span(span).base() as usize + if first == 0 { HEADER } else { first * SLICE };
+        let end = (span.block(carved) as usize).next_multiple_of(os::page_size());
+        let most = span.slices.get() as usize * SLICE;
+        let committed = (end - start).min(most);
+        let more = committed - (span.committed.get() as usize).min(committed);
+        if more > 0 {
+            if !self.may_hold(more) || !self.hub().charge(more) {
+                return false;
+            }
+            span.committed.set(committed as u32);
+            bump(&self.tally.committed, more as u64);
+        }
+        true
+    }
+
+    /// Whether `more` bytes may be held: always, unless the request must be served from what is there.
+    pub(super) fn may_hold(&self, more: usize) -> bool {
+        !self.frugal.get() || self.hub().snapshot().committed + more <= self.hub().booked()
+    }
+}
