@@ -10,22 +10,16 @@
 
 use std::any::Any;
 
-use super::core::Ticket;
 use super::device::GpuDevice;
-use super::pool::{DevicePool, empty};
+use super::pool::DevicePool;
+use super::seat::Lease;
 use super::stream::Stream;
 use crate::base::error::Result;
-use crate::base::pool::AllocFlags;
 use crate::base::sync::Lock;
 
 /// A live block of a pool; freed on its home stream when dropped.
 pub(super) struct Block {
-    pub(super) pool: DevicePool,
-    /// `None` for a size of 0.
-    pub(super) ticket: Option<Ticket>,
-    pub(super) start: usize,
-    pub(super) bytes: usize,
-    pub(super) home: Stream,
+    pub(super) lease: Lease,
     /// Set where the memory is not the pool's.
     pub(super) foreign: Option<Foreign>,
 }
@@ -48,15 +42,9 @@ impl Foreign {
 }
 
 impl Block {
+    #[inline]
     pub(super) fn new<T>(pool: &DevicePool, bytes: usize, home: &Stream) -> Result<Self> {
-        let (pool, home) = (pool.clone(), home.clone());
-        if bytes == 0 {
-            pool.inner.accept(&home)?;
-            return Ok(Self { pool, ticket: None, start: empty::<T>(), bytes: 0, home, foreign: None });
-        }
-        let placed = pool.inner.take(bytes, align_of::<T>(), Some(&home), AllocFlags::NONE)?;
-        let (ticket, start, bytes) = (Some(placed.ticket), placed.start, placed.len);
-        Ok(Self { pool, ticket, start, bytes, home, foreign: None })
+        Ok(Self { lease: Lease::new::<T, _>(pool, bytes, Some(home))?, foreign: None })
     }
 
     /// A block of memory that is somebody else's.
@@ -68,25 +56,41 @@ impl Block {
         home: &Stream,
         foreign: Foreign,
     ) -> Self {
-        let (pool, home) = (pool.clone(), home.clone());
-        Self { pool, ticket: None, start, bytes, home, foreign: Some(foreign) }
+        Self { lease: Lease::of_none(pool, start, bytes, Some(home)), foreign: Some(foreign) }
+    }
+
+    pub(super) fn pool(&self) -> &DevicePool {
+        self.lease.pool()
+    }
+
+    pub(super) fn home(&self) -> &Stream {
+        self.lease.home()
+    }
+
+    pub(super) fn start(&self) -> usize {
+        self.lease.start
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.lease.bytes
     }
 
     pub(super) fn device(&self) -> &GpuDevice {
-        self.pool.device()
+        self.pool().device()
     }
 
     /// Grows in place; `None` where there is no room behind.
     pub(super) fn grow(&mut self, bytes: usize) -> Option<()> {
-        if bytes > self.bytes {
-            self.bytes = self.pool.inner.grow_in_place(self.ticket?, bytes, Some(&self.home))?;
+        if bytes > self.bytes() {
+            let ticket = self.lease.ticket?;
+            self.lease.bytes = self.pool().inner.grow_in_place(ticket, bytes, Some(self.home()))?;
         }
         Some(())
     }
 
     /// Issues work on the block to `stream`, ordered as invariant 2 demands.
     pub(super) fn on(&self, stream: &Stream, issue: impl FnOnce() -> Result<()>) -> Result<()> {
-        stream.wait_for(&self.home)?;
+        stream.wait_for(self.home())?;
         issue()?;
         self.joined(stream)
     }
@@ -94,18 +98,15 @@ impl Block {
     /// Orders the home stream after what was just issued to `stream`. If that cannot be recorded, it is
     /// waited for: the work is under way and the block must not be reused before it is done.
     pub(super) fn joined(&self, stream: &Stream) -> Result<()> {
-        self.home.wait_for(stream).inspect_err(|_| stream.settle())
+        self.home().wait_for(stream).inspect_err(|_| stream.settle())
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        if let Some(ticket) = self.ticket {
-            self.pool.inner.give(ticket, self.start, self.bytes, Some(&self.home));
-        }
         if let Some(foreign) = &self.foreign {
             // Its owner frees it on its own stream, after all work on it; what cannot be ordered is waited for.
-            for user in foreign.users.lock().iter().chain([&self.home]) {
+            for user in foreign.users.lock().iter().chain([self.home()]) {
                 if foreign.stream.wait_for(user).is_err() {
                     user.settle();
                 }

@@ -70,7 +70,7 @@ impl<T> DeviceBuffer<T> {
         let block = Block::new::<T>(pool, bytes, stream)?;
         if bytes != 0 {
             // SAFETY: the block is ours; its free is ordered after the fill on the same stream.
-            unsafe { block.device().0.driver.fill(block.start, 0, bytes, stream.raw()) }?;
+            unsafe { block.device().0.driver.fill(block.start(), 0, bytes, stream.raw()) }?;
         }
         Ok(Self::from_block(block, len))
     }
@@ -95,12 +95,12 @@ impl<T> DeviceBuffer<T> {
     /// The device address of the first element, for kernels. Work that uses it is ordered after this buffer's
     /// stream and before what that stream does next, or its stream is recorded.
     pub fn as_device_ptr(&self) -> u64 {
-        self.block.start as u64
+        self.block.start() as u64
     }
 
     /// The stream that the buffer is freed on.
     pub fn stream(&self) -> &Stream {
-        &self.block.home
+        self.block.home()
     }
 
     /// The device that the buffer lies on.
@@ -112,20 +112,20 @@ impl<T> DeviceBuffer<T> {
     /// work that `stream` was issued until then is done.
     pub fn record_stream(&self, stream: &Stream) -> Result<()> {
         if let Some(foreign) = &self.block.foreign {
-            self.block.pool.inner.accept(stream)?;
+            self.block.pool().inner.accept(stream)?;
             foreign.users.lock().push(stream.clone());
         }
-        self.block.ticket.map_or(Ok(()), |ticket| self.block.pool.inner.share(ticket, stream))
+        self.block.lease.ticket.map_or(Ok(()), |ticket| self.block.pool().inner.share(ticket, stream))
     }
 
     /// All elements.
     pub fn as_slice(&self) -> DeviceSlice<'_, T> {
-        DeviceSlice { block: &self.block, start: self.block.start, len: self.len, holds: PhantomData }
+        DeviceSlice { block: &self.block, start: self.block.start(), len: self.len, holds: PhantomData }
     }
 
     /// All elements, writable.
     pub fn as_mut_slice(&mut self) -> DeviceSliceMut<'_, T> {
-        DeviceSliceMut { block: &self.block, start: self.block.start, len: self.len, holds: PhantomData }
+        DeviceSliceMut { block: &self.block, start: self.block.start(), len: self.len, holds: PhantomData }
     }
 
     /// Some of the elements; an error where the range leaves the buffer.
@@ -214,22 +214,17 @@ impl<T> DeviceBuffer<T> {
 
     /// Gives the memory away: its address, to be freed with `deallocate_async` of a handle on its pool. The
     /// pool does not live on for its sake. Memory that was adopted cannot be given away.
-    pub fn into_raw(self) -> Result<u64> {
+    pub fn into_raw(mut self) -> Result<u64> {
         if self.block.foreign.is_some() {
             return Err(Error::refused("the memory is not the pool's", "copy it into a buffer of the pool"));
         }
-        if let Some(ticket) = self.block.ticket
-            && !self.block.pool.inner.core.lock().publish(ticket)
+        if let Some(ticket) = self.block.lease.ticket
+            && !self.block.pool().inner.core.lock().publish(ticket)
         {
-            return Err(Error::oom(self.block.bytes, crate::base::error::OomReason::Source));
+            return Err(Error::oom(self.block.bytes(), crate::base::error::OomReason::Source));
         }
-        let mut this = core::mem::ManuallyDrop::new(self);
-        let start = this.block.start as u64;
-        // SAFETY: `this` is never used again; the block itself stays live, the handles go.
-        unsafe {
-            core::ptr::drop_in_place(&raw mut this.block.pool);
-            core::ptr::drop_in_place(&raw mut this.block.home);
-        }
+        let start = self.block.start() as u64;
+        self.block.lease.leave_block();
         Ok(start)
     }
 }
@@ -258,9 +253,9 @@ impl<T> DeviceBuffer<MaybeUninit<T>> {
 impl<T> DeviceBuffer<T> {
     /// The elements for a copy by their pool, once all work before is done.
     fn settled(&self) -> (NonNull<T>, usize, Option<&dyn MemoryPool>) {
-        self.block.home.settle();
-        let at = NonNull::new(self.block.start as *mut T).unwrap_or(NonNull::dangling());
-        (at, self.len, Some(&self.block.pool))
+        self.block.home().settle();
+        let at = NonNull::new(self.block.start() as *mut T).unwrap_or(NonNull::dangling());
+        (at, self.len, Some(self.block.pool()))
     }
 }
 
@@ -281,9 +276,9 @@ unsafe impl<T> CopyTarget<T> for DeviceBuffer<T> {
 impl<T> fmt::Debug for DeviceBuffer<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DeviceBuffer")
-            .field("address", &format_args!("{:#x}", self.block.start))
+            .field("address", &format_args!("{:#x}", self.block.start()))
             .field("len", &self.len)
-            .field("stream", &self.block.home)
+            .field("stream", self.block.home())
             .finish_non_exhaustive()
     }
 }
@@ -491,7 +486,7 @@ impl<T> DeviceSliceMut<'_, T> {
             return Ok(());
         }
         let driver = &stream.device().0.driver;
-        stream.wait_for(&source.block.home)?;
+        stream.wait_for(source.block.home())?;
         let (to, from) = (self.block.device(), source.block.device());
         // SAFETY: both blocks are live until freed, which is ordered after the copy; a mutable slice overlaps
         // no other.

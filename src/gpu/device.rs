@@ -19,6 +19,8 @@ use crate::base::sync::Lock;
 pub(super) trait Member: Send + Sync {
     /// The stream of this slot goes away; it can still be named.
     fn stream_closes(&self, slot: u32);
+    /// No user has a handle of the stream of this slot, but buffers or caches.
+    fn stream_unused(&self, slot: u32);
     /// All work issued so far is about to be waited for.
     fn device_waits(&self);
     /// The graph that this capture became is gone, and all work of it is complete.

@@ -6,19 +6,16 @@
 //!    reused.
 //! 2. The `len` elements are initialised.
 
+use bytemuck::Zeroable;
 use core::fmt;
 use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
-use std::sync::Arc;
 
-use bytemuck::Zeroable;
-
-use super::core::Ticket;
 use super::kind::{HostAccessible, Managed, Pinned};
-use super::pool::{GpuPool, Inner, bytes_of, empty};
+use super::pool::{GpuPool, bytes_of};
+use super::seat::Lease;
 use super::stream::{GpuEvent, Stream};
 use crate::base::error::Result;
-use crate::base::pool::AllocFlags;
 
 /// Elements in memory that CPU and device can touch: a slice to the CPU, and what asynchronous copies take
 /// by value.
@@ -38,10 +35,7 @@ use crate::base::pool::AllocFlags;
 /// # Ok::<(), memory_pool::Error>(())
 /// ```
 pub struct HostBuffer<T, K: HostAccessible> {
-    pool: Arc<Inner>,
-    ticket: Option<Ticket>,
-    start: usize,
-    bytes: usize,
+    lease: Lease,
     len: usize,
     used_on: Option<Stream>,
     holds: PhantomData<(T, K)>,
@@ -59,15 +53,8 @@ unsafe impl<T: Sync, K: HostAccessible> Sync for HostBuffer<T, K> {}
 
 impl<T, K: HostAccessible> HostBuffer<T, K> {
     fn space(pool: &GpuPool<K>, len: usize) -> Result<Self> {
-        let bytes = bytes_of::<T>(len)?;
-        let pool = pool.inner.clone();
-        let (ticket, start, bytes) = if bytes == 0 {
-            (None, empty::<T>(), 0)
-        } else {
-            let placed = pool.take(bytes, align_of::<T>(), None, AllocFlags::NONE)?;
-            (Some(placed.ticket), placed.start, placed.len)
-        };
-        Ok(Self { pool, ticket, start, bytes, len, used_on: None, holds: PhantomData })
+        let lease = Lease::new::<T, K>(pool, bytes_of::<T>(len)?, None)?;
+        Ok(Self { lease, len, used_on: None, holds: PhantomData })
     }
 
     pub(super) fn zeroed(pool: &GpuPool<K>, len: usize) -> Result<Self>
@@ -76,7 +63,7 @@ impl<T, K: HostAccessible> HostBuffer<T, K> {
     {
         let buffer = Self::space(pool, len)?;
         // SAFETY: the block is ours and ordinary memory; zeros are valid `T`s (invariant 2).
-        unsafe { (buffer.start as *mut u8).write_bytes(0, len * size_of::<T>()) };
+        unsafe { (buffer.lease.start as *mut u8).write_bytes(0, len * size_of::<T>()) };
         Ok(buffer)
     }
 
@@ -86,7 +73,9 @@ impl<T, K: HostAccessible> HostBuffer<T, K> {
     {
         let buffer = Self::space(pool, source.len())?;
         // SAFETY: the block is ours, large enough, and new, so it overlaps nothing.
-        unsafe { core::ptr::copy_nonoverlapping(source.as_ptr(), buffer.start as *mut T, source.len()) };
+        unsafe {
+            core::ptr::copy_nonoverlapping(source.as_ptr(), buffer.lease.start as *mut T, source.len())
+        };
         Ok(buffer)
     }
 
@@ -94,10 +83,11 @@ impl<T, K: HostAccessible> HostBuffer<T, K> {
     pub(super) fn in_use(&mut self, stream: &Stream) -> Result<()> {
         stream.check_thread()?;
         // The free must find the stream's lane, so the pool gets to know the stream while errors can be told.
-        if let Some(ticket) = self.ticket
-            && self.pool.device.same(stream.device())
+        let pool = &self.lease.pool().inner;
+        if let Some(ticket) = self.lease.ticket
+            && pool.device.same(stream.device())
         {
-            self.pool.share(ticket, stream)?;
+            pool.share(ticket, stream)?;
         }
         self.used_on = Some(stream.clone());
         Ok(())
@@ -106,15 +96,13 @@ impl<T, K: HostAccessible> HostBuffer<T, K> {
 
 impl<T, K: HostAccessible> Drop for HostBuffer<T, K> {
     fn drop(&mut self) {
-        let Some(ticket) = self.ticket else { return };
-        // A stream of another device has no lane here: its work is waited for.
-        if let Some(stream) = &self.used_on
-            && !self.pool.device.same(stream.device())
-        {
+        let Some(stream) = self.used_on.take() else { return };
+        if self.lease.pool().device().same(stream.device()) {
+            self.lease.give_on(&stream);
+        } else {
+            // A stream of another device has no lane here: its work is waited for.
             stream.settle();
-            self.used_on = None;
         }
-        self.pool.give(ticket, self.start, self.bytes, self.used_on.as_ref());
     }
 }
 
@@ -122,14 +110,14 @@ impl<T, K: HostAccessible> Deref for HostBuffer<T, K> {
     type Target = [T];
     fn deref(&self) -> &[T] {
         // SAFETY: invariant 2; no device work touches it (invariant 1).
-        unsafe { core::slice::from_raw_parts(self.start as *const T, self.len) }
+        unsafe { core::slice::from_raw_parts(self.lease.start as *const T, self.len) }
     }
 }
 
 impl<T, K: HostAccessible> DerefMut for HostBuffer<T, K> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as for `deref`, and the borrow is exclusive.
-        unsafe { core::slice::from_raw_parts_mut(self.start as *mut T, self.len) }
+        unsafe { core::slice::from_raw_parts_mut(self.lease.start as *mut T, self.len) }
     }
 }
 
@@ -163,8 +151,8 @@ impl<T, K: HostAccessible> Transfer<T, K> {
     pub fn wait(self) -> Result<HostBuffer<T, K>> {
         self.event.synchronize()?;
         let mut buffer = self.buffer;
-        if let Some(ticket) = buffer.ticket {
-            buffer.pool.unshare(ticket);
+        if let Some(ticket) = buffer.lease.ticket {
+            buffer.lease.pool().inner.unshare(ticket);
         }
         buffer.used_on = None;
         Ok(buffer)

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   DeviceBuffer, DeviceVec, PinnedBuffer …      buffer, vec, host     typed, freed by ticket
+//!   Lease, Seat, Handle                          seat, handle          who keeps pool and stream
 //!   GpuPool<K>                                   pool                  handles, growth, the memory ladder
 //!   Front                                        front                 caches by stream, no books
 //!   Core = zones of Ranges + Order               core, ranges, order   under one lock; plain numbers
@@ -20,6 +21,7 @@ mod core;
 mod device;
 pub(crate) mod driver;
 mod front;
+mod handle;
 mod host;
 #[cfg(feature = "cuda")]
 mod interop;
@@ -31,6 +33,9 @@ mod order;
 mod order_tests;
 mod pool;
 mod ranges;
+mod seat;
+#[cfg(all(test, not(loom)))]
+mod seat_tests;
 mod share;
 mod stream;
 mod vec;

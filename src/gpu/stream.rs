@@ -18,6 +18,7 @@ use super::buffer::{DeviceSlice, DeviceSliceMut};
 use super::capture::Session;
 use super::device::{DEFAULT_SLOT, GpuDevice};
 use super::driver::{Capture as CaptureState, RawEvent, RawStream};
+use super::handle::{Handle, Shared, Users};
 use crate::base::error::{Error, Refusal, Result};
 use crate::base::sync::Lock;
 
@@ -34,7 +35,8 @@ pub(super) enum Owner {
     Thread(ThreadId),
 }
 
-struct Inner {
+pub(super) struct Inner {
+    users: Users,
     device: GpuDevice,
     raw: RawStream,
     slot: u32,
@@ -58,7 +60,7 @@ struct Inner {
 /// # Ok::<(), memory_pool::Error>(())
 /// ```
 #[derive(Clone)]
-pub struct Stream(Arc<Inner>);
+pub struct Stream(Handle<Inner>);
 
 impl Stream {
     pub(super) fn new(
@@ -68,7 +70,8 @@ impl Stream {
         keep: Option<Box<dyn Any + Send + Sync>>,
     ) -> Self {
         let slot = if owner == Owner::Default { DEFAULT_SLOT } else { device.0.take_slot() };
-        Self(Arc::new(Inner {
+        Self(Handle::new(Arc::new(Inner {
+            users: Users::one(),
             device: device.clone(),
             raw,
             slot,
@@ -77,7 +80,17 @@ impl Stream {
             capturing: AtomicBool::new(false),
             exposed: AtomicBool::new(matches!(owner, Owner::Borrowed | Owner::Thread(_))),
             _keep: keep,
-        }))
+        })))
+    }
+
+    /// A handle that no user holds.
+    pub(super) fn keep(&self) -> Self {
+        Self(self.0.keep())
+    }
+
+    /// Whether no user has a handle of the stream.
+    pub(super) fn is_unused(&self) -> bool {
+        self.0.users.is_none()
     }
 
     #[inline]
@@ -312,6 +325,19 @@ impl Stream {
             return Err(Error::InvalidOperation(Refusal::Capturing));
         }
         Ok(())
+    }
+}
+
+impl Shared for Inner {
+    fn users(&self) -> &Users {
+        &self.users
+    }
+
+    fn unused(&self) {
+        // Of the default stream every handle is the first: its caches stay for the others.
+        if self.owner != Owner::Default {
+            self.device.0.each_member(|member| member.stream_unused(self.slot));
+        }
     }
 }
 

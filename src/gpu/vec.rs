@@ -75,7 +75,7 @@ impl<T> DeviceVec<T> {
         if let Some(buffer) = &mut self.buffer
             && buffer.block.grow(bytes_of::<T>(needed)?).is_some()
         {
-            self.capacity = buffer.block.bytes / size_of::<T>().max(1);
+            self.capacity = buffer.block.bytes() / size_of::<T>().max(1);
             return Ok(());
         }
         // Half again as much, so that pushing one by one stays linear.
@@ -86,12 +86,12 @@ impl<T> DeviceVec<T> {
             let bytes = old.len * size_of::<T>();
             if bytes != 0 {
                 let driver = &self.pool.device().0.driver;
-                let (dst, src) = (moved.block.start, old.block.start);
+                let (dst, src) = (moved.block.start(), old.block.start());
                 // SAFETY: both blocks are live until freed on this stream, after the copy.
                 unsafe { driver.copy(dst, src, bytes, self.stream.raw()) }?;
             }
         }
-        self.capacity = if size_of::<T>() == 0 { usize::MAX } else { moved.block.bytes / size_of::<T>() };
+        self.capacity = if size_of::<T>() == 0 { usize::MAX } else { moved.block.bytes() / size_of::<T>() };
         self.buffer = Some(moved);
         Ok(())
     }

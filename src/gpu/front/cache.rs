@@ -1,6 +1,9 @@
 //! The blocks that one stream freed and may have again at once.
 
+use std::sync::Arc;
+
 use super::super::ranges::CLEAN;
+use super::super::seat::Seat;
 use crate::base::stats::HISTOGRAM_BUCKETS;
 use crate::base::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use crate::base::turn::Turn;
@@ -14,6 +17,8 @@ const MOST_CREDIT: i32 = 32;
 const LEAST_CREDIT: i32 = -16;
 /// Most blocks in a bin.
 pub(super) const DEPTH: usize = 8;
+/// Most spare seats.
+const SEATS: usize = 32;
 
 /// A cached block: the number of its record, and its size.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,12 +58,14 @@ pub(super) struct Served {
 
 /// What a cache holds.
 #[derive(Debug)]
-pub(super) struct Bins {
+pub(in crate::gpu) struct Bins {
     /// Whether blocks may be put in and taken out without the pool's lock.
     pub(super) open: bool,
     /// The lane of the stream, while the cache is open.
     pub(super) lane: u16,
     pub(super) served: Served,
+    /// Spare ones for buffers, all alike; none in a cache that is shut.
+    seats: Vec<Arc<Seat>>,
     /// Where to look next for something to give up.
     hand: usize,
     bins: [Bin; BINS],
@@ -69,6 +76,28 @@ fn bin_of(granules: u32) -> usize {
 }
 
 impl Bins {
+    /// A seat, of which one stays here for those who come when there are no spare ones.
+    #[inline]
+    pub(in crate::gpu) fn seat(&mut self) -> Option<Arc<Seat>> {
+        if self.seats.len() > 1 { self.seats.pop() } else { self.seats.first().cloned() }
+    }
+
+    /// Keeps a seat, or gives it back where there is no room or the cache is shut.
+    #[inline]
+    pub(in crate::gpu) fn keep_seat(&mut self, seat: Arc<Seat>) -> Option<Arc<Seat>> {
+        if !self.open || self.seats.len() == SEATS {
+            return Some(seat);
+        }
+        self.seats.push(seat);
+        None
+    }
+
+    /// Shuts the cache, which is empty; the seats are to be dropped with no lock held.
+    pub(super) fn shut(&mut self) -> Vec<Arc<Seat>> {
+        self.open = false;
+        std::mem::take(&mut self.seats)
+    }
+
     /// The youngest block of this size that `fits`; it is taken out.
     #[inline]
     pub(super) fn pop(&mut self, granules: u32, fits: impl Fn(u32) -> bool) -> Option<Entry> {
@@ -143,8 +172,8 @@ impl Bins {
 /// The cache of one stream, or of the CPU.
 #[derive(Debug)]
 #[repr(align(128))]
-pub(super) struct Cache {
-    pub(super) bins: Turn<Bins>,
+pub(in crate::gpu) struct Cache {
+    pub(in crate::gpu) bins: Turn<Bins>,
     /// Bytes cached; changes while `bins` is locked.
     bytes: AtomicUsize,
     blocks: AtomicUsize,
@@ -158,6 +187,7 @@ impl Cache {
             open: false,
             lane: CLEAN,
             served: Served::default(),
+            seats: Vec::new(),
             hand: 0,
             bins: [Bin::default(); BINS],
         };

@@ -41,12 +41,14 @@ use std::sync::{Arc, OnceLock};
 use super::capture::Session;
 use super::core::{Core, Placed, Ticket};
 use super::driver::Driver;
+use super::seat::Seat;
 use super::stream::Stream;
 use crate::base::policy::Strategy;
 use crate::base::stats::MemoryStats;
 use crate::base::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use crate::engine::Broken;
 
+pub(super) use cache::Bins;
 pub(super) use records::{CACHED, PUBLISHED, Records, SHARED};
 
 use cache::{Cache, DEPTH, Entry};
@@ -184,7 +186,7 @@ impl Front {
     }
 
     #[inline]
-    fn cache(&self, whose: Whose) -> Option<&Cache> {
+    pub(super) fn cache(&self, whose: Whose) -> Option<&Cache> {
         match whose {
             Whose::Cpu => self.cpu.get(way()),
             Whose::Stream(slot) => {
@@ -211,9 +213,15 @@ impl Front {
         rows.chain([&self.cpu]).flat_map(Row::caches)
     }
 
-    /// A cached block for a request of `bytes`, rounded as the pool rounds them.
+    /// A cached block for a request of `bytes`, rounded as the pool rounds them, and a seat where one is wanted.
     #[inline]
-    pub(super) fn take(&self, whose: Whose, bytes: usize, align: usize) -> Option<Placed> {
+    pub(super) fn take(
+        &self,
+        whose: Whose,
+        bytes: usize,
+        align: usize,
+        seat: Option<&mut Option<Arc<Seat>>>,
+    ) -> Option<Placed> {
         let cache = self.cache(whose)?;
         let granules = u32::try_from(bytes.checked_add((1 << self.shift) - 1)? >> self.shift).ok()?;
         let mut bins = cache.bins.try_lock()?;
@@ -230,6 +238,9 @@ impl Front {
         served.allocations += 1;
         served.bytes += len as u64;
         served.histogram[MemoryStats::bucket(bytes)] += 1;
+        if let Some(seat) = seat {
+            *seat = bins.seat();
+        }
         let published = record.flags() & PUBLISHED != 0;
         Some(Placed { ticket: record.ticket(), start, len, published })
     }
@@ -239,13 +250,18 @@ impl Front {
     #[inline]
     pub(super) fn give(&self, whose: Whose, start: usize, by_address: bool) -> bool {
         let Some(cache) = self.cache(whose) else { return false };
+        cache.bins.try_lock().is_some_and(|mut bins| self.put(cache, &mut bins, start, by_address))
+    }
+
+    /// [`give`](Self::give) to a cache that is locked.
+    #[inline]
+    pub(super) fn put(&self, cache: &Cache, bins: &mut Bins, start: usize, by_address: bool) -> bool {
         let Some((number, record)) = self.records.find(start) else { return false };
         let known = record.flags();
         if known & (CACHED | SHARED) != 0 || by_address && known & PUBLISHED == 0 {
             return false;
         }
         let len = record.len();
-        let Some(mut bins) = cache.bins.try_lock() else { return false };
         let entry = Entry { record: number, granules: (len >> self.shift) as u32 };
         if !bins.open || cache.bytes() + len > self.cap.load(Relaxed) || !bins.push(entry) {
             return false;
@@ -254,6 +270,11 @@ impl Front {
         cache.more(len);
         bins.served.frees += 1;
         true
+    }
+
+    /// A seat for a block that came from the books, if the cache has one.
+    pub(super) fn seat(&self, whose: Whose) -> Option<Arc<Seat>> {
+        self.cache(whose)?.bins.try_lock()?.seat()
     }
 
     /// Caches a block that is freed on `lane`, and lets others give way; false where it must go to the books.
@@ -337,21 +358,26 @@ impl Front {
         self.caches().fold(false, |any, cache| self.empty(core, driver, cache) | any)
     }
 
-    /// A stream ends (invariant 3).
-    pub(super) fn stream_ends(&self, core: &mut Core, driver: &dyn Driver, slot: u32) {
-        let Some(cache) = self.cache(Whose::Stream(slot)) else { return };
+    /// Empties the cache of a stream and shuts it (invariant 3). The seats are dropped with no lock held.
+    #[must_use]
+    pub(super) fn shut_of(&self, core: &mut Core, driver: &dyn Driver, slot: u32) -> Vec<Arc<Seat>> {
+        let Some(cache) = self.cache(Whose::Stream(slot)) else { return Vec::new() };
         self.empty(core, driver, cache);
-        cache.bins.lock().open = false;
+        cache.bins.lock().shut()
     }
 
-    /// Empties all caches and shuts them; [`keep`](Self::keep) opens them again.
-    pub(super) fn shut(&self, core: &mut Core, driver: &dyn Driver) {
+    /// Empties all caches and shuts them; [`keep`](Self::keep) opens them again. The seats are dropped with no lock
+    /// held.
+    #[must_use]
+    pub(super) fn shut(&self, core: &mut Core, driver: &dyn Driver) -> Vec<Arc<Seat>> {
+        let mut seats = Vec::new();
         for cache in self.caches() {
             self.empty(core, driver, cache);
-            cache.bins.lock().open = false;
+            seats.append(&mut cache.bins.lock().shut());
         }
         // Whoever was quicker than that.
         self.take_all_back(core, driver);
+        seats
     }
 
     /// Forgets what is cached; the books forget it as well.

@@ -13,7 +13,9 @@ use super::super::core::{Ask, Core, LARGE, Placed, Ticket};
 use super::super::device::{GpuDevice, Member};
 use super::super::driver::Space;
 use super::super::front::{Front, Whose};
+use super::super::handle::{Shared, Users};
 use super::super::ranges::CLEAN;
+use super::super::seat::Seat;
 use super::super::stream::Stream;
 use super::options;
 use super::source::{Reserved, Source};
@@ -32,6 +34,7 @@ pub(super) type OomCallback = dyn Fn(Layout) -> bool + Send + Sync;
 const MIN_GROWTH: usize = 2 << 20;
 
 pub(in crate::gpu) struct Inner {
+    users: Users,
     pub(in crate::gpu) device: GpuDevice,
     source: Source,
     pub(super) config: PoolConfig,
@@ -73,6 +76,7 @@ impl Inner {
             return Err(Error::oom(0, OomReason::Source));
         }
         let inner = Arc::new(Self {
+            users: Users::one(),
             device: device.clone(),
             source,
             name: name.into(),
@@ -96,13 +100,15 @@ impl Inner {
         Ok(inner)
     }
 
-    /// A block for work on `stream`, or for the CPU. `bytes` is not 0.
+    /// A block for work on `stream`, or for the CPU, and a seat where one is wanted and the cache has one. `bytes` is
+    /// not 0.
     pub(super) fn take_plain(
         self: &Arc<Self>,
         bytes: usize,
         align: usize,
         stream: Option<&Stream>,
         flags: AllocFlags,
+        mut seat: Option<&mut Option<Arc<Seat>>>,
     ) -> Result<Placed> {
         let align = align.max(self.config.alignment);
         let Some(rounded) = options::rounded(&self.config, bytes) else {
@@ -113,9 +119,15 @@ impl Inner {
         }
         let session = Self::session(stream)?;
         let whose = Whose::of(stream, session.as_ref());
-        match whose.and_then(|whose| self.front.take(whose, rounded, align)) {
+        match whose.and_then(|whose| self.front.take(whose, rounded, align, seat.as_deref_mut())) {
             Some(placed) => Ok(placed),
-            None => self.take_from_books(rounded, align, stream, session, flags),
+            None => {
+                let placed = self.take_from_books(rounded, align, stream, session, flags)?;
+                if let (Some(whose), Some(seat)) = (whose, seat) {
+                    *seat = self.front.seat(whose);
+                }
+                Ok(placed)
+            }
         }
     }
 
@@ -168,7 +180,7 @@ impl Inner {
     /// The capture that what is done on `stream` now becomes part of. Asked before the books are locked and kept
     /// until after, since the last handle of a session goes through all pools.
     #[inline]
-    pub(super) fn session(stream: Option<&Stream>) -> Result<Option<Arc<Session>>> {
+    pub(in crate::gpu) fn session(stream: Option<&Stream>) -> Result<Option<Arc<Session>>> {
         stream.map_or(Ok(None), Stream::capture_session)
     }
 
@@ -439,7 +451,9 @@ impl Inner {
             // The context is lost; the block must not be reused.
             Err(_) => return,
         };
-        if !whose.is_some_and(|whose| self.front.keep(&mut core, driver, whose, lane, ticket)) {
+        // What nobody could ask for again is not cached (invariant 2 of `handle`).
+        let kept = whose.filter(|_| !self.users.is_none() && !stream.is_some_and(Stream::is_unused));
+        if !kept.is_some_and(|whose| self.front.keep(&mut core, driver, whose, lane, ticket)) {
             core.free(driver, ticket, lane, before);
         }
         if let Some(whose) = whose {
@@ -630,16 +644,19 @@ impl Inner {
     /// Gives all memory back for good; an error while anything is live. What the driver keeps, or a graph still
     /// needs, goes with the last handle.
     pub(super) fn close(&self) -> Result<()> {
+        // Dropped with no lock held.
+        let seats;
         let ticket = self.growth.lock();
         {
             self.empty_quarantine();
             let mut core = self.core.lock();
-            self.front.shut(&mut core, &*self.device.0.driver);
+            seats = self.front.shut(&mut core, &*self.device.0.driver);
             match core.live_blocks() {
                 0 => self.closed.store(true, Ordering::Relaxed),
                 live => return Err(Error::InvalidOperation(Refusal::StillLive(live))),
             }
         }
+        drop(seats);
         self.wait_for_frees();
         drop(ticket);
         self.release_idle(0);
@@ -664,8 +681,17 @@ impl Member for Inner {
     fn stream_closes(&self, slot: u32) {
         let driver = &*self.device.0.driver;
         let mut core = self.core.lock();
-        self.front.stream_ends(&mut core, driver, slot);
+        // No seat is left: each would keep the stream.
+        let _none = self.front.shut_of(&mut core, driver, slot);
         core.order.close(driver, slot);
+    }
+
+    fn stream_unused(&self, slot: u32) {
+        let mut core = self.core.lock();
+        let seats = self.front.shut_of(&mut core, &*self.device.0.driver, slot);
+        // The last of them closes the stream, which takes the lock.
+        drop(core);
+        drop(seats);
     }
 
     fn device_waits(&self) {
@@ -685,6 +711,19 @@ impl Member for Inner {
     fn give_back(&self) -> usize {
         self.empty_quarantine();
         self.release_idle(0)
+    }
+}
+
+impl Shared for Inner {
+    fn users(&self) -> &Users {
+        &self.users
+    }
+
+    fn unused(&self) {
+        let mut core = self.core.lock();
+        let seats = self.front.shut(&mut core, &*self.device.0.driver);
+        drop(core);
+        drop(seats);
     }
 }
 

@@ -22,6 +22,7 @@ pub(super) use inner::Inner;
 use super::buffer::DeviceBuffer;
 use super::device::GpuDevice;
 use super::driver::Space;
+use super::handle::Handle;
 use super::host::HostBuffer;
 use super::kind::{Device, HostAccessible, Managed, MemoryKind, Pinned};
 use super::stream::Stream;
@@ -56,7 +57,7 @@ use crate::base::pool::{AllocFlags, MemoryType};
 /// let v: allocator_api2::vec::Vec<u8, _> = allocator_api2::vec::Vec::new_in(&pool);
 /// ```
 pub struct GpuPool<K: MemoryKind> {
-    pub(super) inner: Arc<Inner>,
+    pub(super) inner: Handle<Inner>,
     kind: PhantomData<K>,
 }
 
@@ -106,7 +107,12 @@ impl<K: MemoryKind> GpuPool<K> {
             )));
         }
         let inner = Inner::new(device, name, config, K::TYPE, space)?;
-        Ok(Self { inner, kind: PhantomData })
+        Ok(Self { inner: Handle::new(inner), kind: PhantomData })
+    }
+
+    /// A handle that no user holds, with another kind in its type.
+    pub(super) fn keep<L: MemoryKind>(&self) -> GpuPool<L> {
+        GpuPool { inner: self.inner.keep(), kind: PhantomData }
     }
 
     /// A block of `bytes` for work on `stream`, to be freed with
@@ -129,7 +135,7 @@ impl<K: MemoryKind> GpuPool<K> {
         stream: Option<&Stream>,
         flags: AllocFlags,
     ) -> Result<NonNull<[u8]>> {
-        let placed = self.inner.take(bytes, align, stream, flags)?;
+        let placed = self.inner.take(bytes, align, stream, flags, None)?;
         if !placed.published && !self.inner.core.lock().publish(placed.ticket) {
             self.inner.give(placed.ticket, placed.start, placed.len, stream);
             return Err(Error::oom(bytes, OomReason::Source));

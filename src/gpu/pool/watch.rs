@@ -25,6 +25,7 @@ use super::super::core::{Placed, Ticket};
 use super::super::device::GpuDevice;
 use super::super::front::Whose;
 use super::super::ranges::CLEAN;
+use super::super::seat::Seat;
 use super::super::stream::Stream;
 use super::Inner;
 use crate::base::config::PoolConfig;
@@ -169,7 +170,8 @@ unsafe impl Reach for GpuReach {
 }
 
 impl Inner {
-    /// A block for work on `stream`, or for the CPU. `bytes` is not 0.
+    /// A block for work on `stream`, or for the CPU, and a seat where one is wanted and the cache has one. `bytes` is
+    /// not 0.
     #[inline]
     pub(in crate::gpu) fn take(
         self: &Arc<Self>,
@@ -177,11 +179,18 @@ impl Inner {
         align: usize,
         stream: Option<&Stream>,
         flags: AllocFlags,
+        seat: Option<&mut Option<Arc<Seat>>>,
     ) -> Result<Placed> {
         match &self.watch {
-            None => self.take_plain(bytes, align, stream, flags),
-            Some(watch) => self.take_watched(watch, bytes, align, stream, flags),
+            None => self.take_plain(bytes, align, stream, flags, seat),
+            Some(watch) => self.take_watched(watch, bytes, align, stream, flags, seat),
         }
+    }
+
+    /// Whether somebody watches the pool's blocks.
+    #[inline]
+    pub(in crate::gpu) fn is_watched(&self) -> bool {
+        self.watch.is_some()
     }
 
     /// Frees a block on `stream`, or for the CPU.
@@ -214,13 +223,14 @@ impl Inner {
         align: usize,
         stream: Option<&Stream>,
         flags: AllocFlags,
+        mut seat: Option<&mut Option<Arc<Seat>>>,
     ) -> Result<Placed> {
         if !watch.owner.admits() {
             return Err(Error::InvalidOperation(Refusal::WrongThread));
         }
         let captured = stream.is_some_and(Stream::is_capturing);
         let Some(layer) = watch.layer.as_ref().filter(|_| !captured) else {
-            let placed = self.take_plain(bytes, align, stream, flags)?;
+            let placed = self.take_plain(bytes, align, stream, flags, seat)?;
             if watch.tracker().is_some() {
                 watch.bare.lock().insert(placed.start);
             }
@@ -231,7 +241,7 @@ impl Inner {
         let inner = layer.inflate(asked).ok_or(Error::oom(bytes, OomReason::Overflow))?;
         let reserved = self.core.lock().reserved;
         let placed = loop {
-            match self.take_plain(inner.size(), inner.align(), stream, flags) {
+            match self.take_plain(inner.size(), inner.align(), stream, flags, seat.as_deref_mut()) {
                 Err(Error::OutOfMemory { .. }) if self.evict(watch, true) => {}
                 taken => break taken?,
             }

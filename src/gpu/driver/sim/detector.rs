@@ -114,10 +114,16 @@ pub(super) struct Detector {
     pieces: BTreeMap<usize, Piece>,
     blocks: BTreeMap<usize, Block>,
     tick: u64,
+    /// Whether nothing is looked at.
+    off: bool,
     pub(super) found: Vec<Hazard>,
 }
 
 impl Detector {
+    pub(super) fn new(on: bool) -> Self {
+        Self { off: !on, ..Self::default() }
+    }
+
     pub(super) fn tick(&self) -> u64 {
         self.tick
     }
@@ -142,7 +148,7 @@ impl Detector {
 
     /// Work touches `[addr, addr + len)`.
     pub(super) fn access(&mut self, addr: usize, len: usize, by: Access<'_>) {
-        if len == 0 {
+        if len == 0 || self.off {
             return;
         }
         let end = addr + len;

@@ -43,11 +43,21 @@ pub struct SimConfig {
     pub virtual_memory: bool,
     /// Whether CPU and device may touch managed memory at once.
     pub concurrent_managed: bool,
+    /// Whether blocks and work are watched for [hazards](Simulation::hazards). Pools on a device that watches nothing
+    /// take the ways that they take on a card.
+    pub detector: bool,
 }
 
 impl Default for SimConfig {
     fn default() -> Self {
-        Self { seed: 1, memory: 64 << 30, eagerness: 64, virtual_memory: true, concurrent_managed: true }
+        Self {
+            seed: 1,
+            memory: 64 << 30,
+            eagerness: 64,
+            virtual_memory: true,
+            concurrent_managed: true,
+            detector: true,
+        }
     }
 }
 
@@ -84,6 +94,13 @@ impl SimConfig {
     #[must_use]
     pub fn concurrent_managed(mut self, on: bool) -> Self {
         self.concurrent_managed = on;
+        self
+    }
+
+    /// Sets whether blocks and work are watched for hazards.
+    #[must_use]
+    pub fn detector(mut self, on: bool) -> Self {
+        self.detector = on;
         self
     }
 }
@@ -162,7 +179,7 @@ impl SimDevice {
             total_memory: config.memory,
             vmm_granularity: config.virtual_memory.then_some(GRANULARITY),
             concurrent_managed: config.concurrent_managed,
-            watches_blocks: true,
+            watches_blocks: config.detector,
         };
         let world = Arc::new(Lock::new(World::new(config.clone(), count)));
         (0..count).map(|ordinal| Self { world: world.clone(), info: info(ordinal) }).collect()

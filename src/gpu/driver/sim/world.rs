@@ -115,13 +115,13 @@ impl World {
         let streams = (0..devices).map(|device| Stream { device, ..Stream::default() }).collect();
         Self {
             rng: config.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1,
+            detector: Detector::new(config.detector),
             config,
             memory,
             streams,
             per_thread: HashMap::new(),
             events: Vec::new(),
             recordings: Vec::new(),
-            detector: Detector::default(),
             host: Clock::default(),
             now_ns: 0,
             calls: 0,
