@@ -18,6 +18,7 @@ pub(crate) struct Arena {
 
 impl Arena {
     /// `len` bytes, uninitialised, that stay where they are until [`clear`](Self::clear).
+    #[inline]
     pub(crate) fn take(&mut self, len: usize, align: usize) -> NonNull<u8> {
         if let Some(&(start, size)) = self.blocks.last() {
             let at = (start.as_ptr() as usize + self.used).next_multiple_of(align.max(8));
@@ -32,6 +33,7 @@ impl Arena {
     }
 
     #[cold]
+    #[inline(never)]
     fn take_slow(&mut self, len: usize, align: usize) -> NonNull<u8> {
         let last = self.blocks.last().map_or(FIRST / 2, |&(_, size)| size.min(1 << 20));
         let size = (last * 2).max(len.saturating_add(align)).next_multiple_of(ALIGN);
@@ -45,6 +47,7 @@ impl Arena {
     }
 
     /// Forgets everything; keeps one block unless it is large.
+    #[inline]
     pub(crate) fn clear(&mut self) {
         self.used = 0;
         if self.blocks.len() > 1 || self.blocks.first().is_some_and(|&(_, size)| size > KEEP) {

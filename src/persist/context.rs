@@ -39,9 +39,14 @@ impl Current {
 }
 
 /// What this thread does with `pool`.
+#[inline]
 pub(crate) fn current(pool: &Inner) -> Current {
+    let frame = CURRENT.get();
+    if frame.is_null() { Current::default() } else { look(frame, pool) }
+}
+
+fn look(mut frame: *const Frame, pool: &Inner) -> Current {
     let mut found = Current::default();
-    let mut frame = CURRENT.get();
     // SAFETY: the invariant.
     while let Some(this) = unsafe { frame.as_ref() } {
         if ptr::eq(this.pool, pool) {
@@ -57,6 +62,7 @@ pub(crate) fn current(pool: &Inner) -> Current {
 }
 
 /// Runs `work` inside a frame.
+#[inline]
 pub(crate) fn within<R>(pool: &Inner, tx: Option<&Transaction<'_>>, work: impl FnOnce() -> R) -> R {
     struct Leave(*const Frame);
     impl Drop for Leave {

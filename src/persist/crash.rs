@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use super::format::{LANE_SIZE, LOG};
+use super::format::{LANE_SIZE, LOG, ShortHead};
 use super::trace::Event;
 use super::*;
 
@@ -449,11 +449,15 @@ fn flipped_bits_and_torn_records_in_the_log_are_seen() {
             // A record is complete and not applied when the header of its lane was just written.
             let Event::Store { at, bytes } = &run.events[happened] else { continue };
             let lane = (at.wrapping_sub(LOG) / LANE_SIZE) as usize;
-            if lane >= 16 || at % LANE_SIZE != 0 || bytes.len() < 48 {
+            if lane >= 16 || at % LANE_SIZE != 0 || bytes.len() < 16 {
                 continue;
             }
             let start = *at as usize;
-            let len = 64 + u64::from_le_bytes(bytes[32..40].try_into().unwrap()).min(LANE_SIZE - 64) as usize;
+            let word = |i: usize| u64::from_le_bytes(bytes[i * 8..][..8].try_into().unwrap());
+            let len = match ShortHead::decode(word(1)) {
+                Some(short) => ShortHead::BODY + short.words * 8,
+                None => 64 + word(4).min(LANE_SIZE - 64),
+            } as usize;
             for _ in 0..rounds(6) {
                 let bit = random.below(len * 8);
                 let mut flipped = image.clone();

@@ -41,17 +41,27 @@
 //! | 16 | 1 if closed in order |
 //! | 24 … | [counters](Counter): openings, recoveries, transactions, allocations, frees, bytes allocated |
 //!
-//! **Lane**: a header of 64 bytes, then the body of a record. See [`journal`](super::journal) for its use.
+//! **Lane**: a record; see [`journal`](super::journal) for its use. Where no sync is waited for and it fits, a short
+//! one:
 //!
 //! | offset | size | field |
 //! |---|---|---|
-//! | 0 | 8 | checksum of bytes 8 to 64, begun with the identity and the number of the lane |
-//! | 8 | 8 | sequence number; 0 for no record |
+//! | 0 | 8 | checksum of the word at 8 and the body, begun with the identity XOR the number of the lane |
+//! | 8 | 8 | bit 63: set; bits 52 to 61: words in the body, 1 to 510; bits 0 to 51: sequence number |
+//! | 16 | | body |
+//!
+//! Else a header of 64 bytes, then the body:
+//!
+//! | offset | size | field |
+//! |---|---|---|
+//! | 0 | 8 | checksum of bytes 8 to 56, begun with the identity XOR the number of the lane |
+//! | 8 | 8 | sequence number, below 2⁶³; 0 for no record |
 //! | 16 | 8 | every record up to this number is in place for good |
-//! | 24 | 8 | checksum of the body |
+//! | 24 | 8 | checksum of the body, begun with the identity |
 //! | 32 | 8 | length of the body in bytes, a multiple of 8 |
 //! | 40 | 8 | where the body is, if it did not fit into the lane; else 0 |
 //! | 48 | 8 | the first sequence number of those that were synced together; 0 where nothing is synced |
+//! | 56 | 8 | unused |
 //!
 //! A body is a row of operations: one word `kind | length << 32`, one word of offset, then the operands.
 //!
@@ -161,6 +171,43 @@ impl Checksum {
     #[inline]
     pub(crate) fn of(seed: u64, words: &[u64]) -> u64 {
         words.iter().fold(Self::new(seed), |sum, &word| sum.add(word)).finish()
+    }
+}
+
+/// The second word of a short record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ShortHead {
+    pub(crate) words: u64,
+    pub(crate) sequence: u64,
+}
+
+impl ShortHead {
+    const SHORT: u64 = 1 << 63;
+    const SEQUENCE: u64 = (1 << 52) - 1;
+    /// Where the body begins in the lane.
+    pub(crate) const BODY: u64 = 16;
+    const MOST: u64 = (LANE_SIZE - Self::BODY) / 8;
+
+    /// `None` where the body does not fit.
+    #[inline]
+    pub(crate) const fn encode(self) -> Option<u64> {
+        if self.words > Self::MOST {
+            return None;
+        }
+        Some(Self::SHORT | self.words << 52 | self.sequence & Self::SEQUENCE)
+    }
+
+    /// `None` where the word is that of another record, or of none.
+    pub(crate) const fn decode(word: u64) -> Option<Self> {
+        if word & Self::SHORT == 0 {
+            return None;
+        }
+        Some(Self { words: word >> 52 & 0x3FF, sequence: word & Self::SEQUENCE })
+    }
+
+    /// Whether there is such a body.
+    pub(crate) const fn fits(self) -> bool {
+        self.words >= 1 && self.words <= Self::MOST
     }
 }
 

@@ -285,6 +285,23 @@ impl Heap {
         })
     }
 
+    /// Reserves more slots of the word in which `slot` is, which was just reserved: up to `most`. Returns their bits.
+    pub(crate) fn reserve_beside(&mut self, slot: &Slot, most: u32) -> u64 {
+        let Some(head) = self.head(slot.offset) else { return 0 };
+        let (_, zone, local) = self.place(head);
+        let chunk = &mut self.chunks[head as usize];
+        let Some(bits) = chunk.bits.as_mut() else { return 0 };
+        let word = &mut bits[((slot.offset - zone.chunk(local)) / slot.size / 64) as usize];
+        let (mut clear, mut taken) = (!*word, 0u64);
+        while clear != 0 && taken.count_ones() < most {
+            taken |= clear & clear.wrapping_neg();
+            clear &= clear - 1;
+        }
+        *word |= taken;
+        chunk.free -= taken.count_ones();
+        taken
+    }
+
     #[cold]
     fn reserve_slow(
         &mut self,

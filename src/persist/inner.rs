@@ -11,14 +11,16 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::format::{CHUNK, Counter, Header, internal};
 use super::gate::Gate;
-use super::heap::Heap;
+use super::heap::{Heap, Slot};
 use super::journal::{Journal, Overflow};
-use super::locks::Locks;
+use super::locks::{Locks, TxId};
 use super::media::{Durability, Media};
+use super::stash::Stash;
 use super::table::{Mark, Object, Table};
 use crate::base::config::PoolConfig;
 use crate::base::error::{Error, PointerFault, Refusal, Result};
 use crate::base::stats::MemoryStats;
+use crate::base::tracking::{Counts, Tracking};
 
 /// What one transaction adds to the counters.
 #[derive(Clone, Copy, Debug, Default)]
@@ -30,18 +32,61 @@ pub(crate) struct Tally {
     pub(crate) freed_bytes: u64,
 }
 
+impl Tally {
+    #[inline]
+    pub(crate) fn add(&mut self, more: &Self) {
+        let Self { transactions, allocations, frees, bytes, freed_bytes } = self;
+        let more = [more.transactions, more.allocations, more.frees, more.bytes, more.freed_bytes];
+        let sums = [transactions, allocations, frees, bytes, freed_bytes];
+        // A file may claim anything.
+        sums.into_iter().zip(more).for_each(|(sum, more)| *sum = sum.wrapping_add(more));
+    }
+}
+
 /// The index and what is counted under the same lock.
 #[derive(Debug)]
 pub(crate) struct Books {
     pub(crate) heap: Heap,
-    /// Since the pool was opened.
+    /// Since the pool was made; `freed_bytes` since it was opened.
     pub(crate) tally: Tally,
+    /// Bytes allocated less bytes freed since the pool was opened, and the most that was.
+    pub(crate) held: i64,
+    pub(crate) peak: i64,
     pub(crate) failures: u64,
     /// Bytes live when it was opened; counted when first asked for.
     pub(crate) live_at_open: Option<u64>,
-    pub(crate) peak: i64,
-    /// Raw blocks freed while their thread was in a read; freed in the file when it is over.
+    /// Raw blocks freed while their thread was in a read; freed in the file when it is over. `Inner::defers` says
+    /// whether there are any.
     pub(crate) deferred: Vec<u64>,
+}
+
+impl Books {
+    /// Adds to the counters, in the file as well: that takes no record, and what was written survives a killed
+    /// process.
+    #[inline]
+    pub(crate) fn count(&mut self, media: &Media, more: &Tally) {
+        self.tally.add(more);
+        self.held = self.held.wrapping_add_unsigned(more.bytes).wrapping_sub_unsigned(more.freed_bytes);
+        self.peak = self.peak.max(self.held);
+        store_counters(media, &self.tally);
+    }
+
+    /// Writes to the file what the counters will be.
+    pub(crate) fn foretell<'a>(&self, media: &Media, more: impl Iterator<Item = &'a Tally>) {
+        let mut sum = self.tally;
+        more.for_each(|more| sum.add(more));
+        store_counters(media, &sum);
+    }
+}
+
+/// Writes counters to the super page; the index is locked.
+#[inline]
+fn store_counters(media: &Media, tally: &Tally) {
+    let words = [tally.transactions, tally.allocations, tally.frees, tally.bytes];
+    let at = Counter::Transactions.at();
+    // SAFETY: nobody holds references into the super page, and who counts has the index locked.
+    unsafe { media.store_words(at, &words) };
+    media.flush(at, size_of_val(&words));
 }
 
 impl core::ops::Deref for Books {
@@ -72,7 +117,9 @@ pub(crate) struct Inner {
     pub(crate) config: PoolConfig,
     pub(crate) name: String,
     pub(crate) replayed: usize,
-    pub(crate) tracking: AtomicBool,
+    pub(crate) tracking: Tracking,
+    pub(crate) stash: Stash,
+    pub(crate) defers: AtomicBool,
     /// Whether the pool was destroyed through the common interface; what is under way ends as it would have.
     destroyed: AtomicBool,
 }
@@ -92,14 +139,16 @@ pub(crate) struct Parts {
 impl Inner {
     pub(crate) fn new(parts: Parts) -> Self {
         let Parts { media, table, heap, header, durability, names, path, replayed } = parts;
-        let books = Books {
-            heap,
-            tally: Tally::default(),
-            failures: 0,
-            live_at_open: None,
-            peak: 0,
-            deferred: Vec::new(),
+        let counted = |counter: Counter| media.load(counter.at());
+        let tally = Tally {
+            transactions: counted(Counter::Transactions),
+            allocations: counted(Counter::Allocations),
+            frees: counted(Counter::Frees),
+            bytes: counted(Counter::Bytes),
+            freed_bytes: 0,
         };
+        let (held, peak, failures, live_at_open, deferred) = (0, 0, 0, None, Vec::new());
+        let books = Books { heap, tally, held, peak, failures, live_at_open, deferred };
         Self {
             journal: Journal::new(&header),
             config: PoolConfig::default_cpu().path(&path).initial_size(header.file_len() as usize),
@@ -109,7 +158,9 @@ impl Inner {
             heap: Gate::new(books),
             locks: Locks::default(),
             names: RwLock::new(names),
-            tracking: AtomicBool::new(true),
+            tracking: Tracking::new(true),
+            stash: Stash::default(),
+            defers: AtomicBool::new(false),
             destroyed: AtomicBool::new(false),
             media,
             table,
@@ -150,11 +201,9 @@ impl Inner {
     /// Whether a pointer is one of this pool at all.
     #[inline]
     pub(crate) fn check_pointer(&self, identity: u64, offset: u64) -> Result<()> {
-        if offset == 0 {
-            return Err(Error::pointer(0, PointerFault::NotLive));
-        }
-        if identity != self.identity {
-            return Err(Error::pointer(offset as usize, PointerFault::WrongOwner));
+        if offset == 0 || identity != self.identity {
+            let fault = if offset == 0 { PointerFault::NotLive } else { PointerFault::WrongOwner };
+            return Err(bad_pointer(offset, fault));
         }
         Ok(())
     }
@@ -164,21 +213,90 @@ impl Inner {
     pub(crate) fn live(&self, offset: u64, fingerprint: u64) -> Result<(Object, Mark)> {
         match self.table.live(&self.media, offset) {
             Some(found) if found.0.fingerprint == fingerprint => Ok(found),
-            Some(_) => Err(Error::pointer(offset as usize, PointerFault::WrongType)),
-            None => Err(Error::pointer(offset as usize, PointerFault::NotLive)),
+            Some(_) => Err(bad_pointer(offset, PointerFault::WrongType)),
+            None => Err(bad_pointer(offset, PointerFault::NotLive)),
         }
     }
 
-    /// Adds to the counters.
+    /// A slot for an object of that type, or of that size if it is not `exact`, for the transaction of that number.
+    #[inline(always)]
+    pub(crate) fn reserve_slot(
+        &self,
+        owner: TxId,
+        fingerprint: u64,
+        size: usize,
+        align: usize,
+        exact: bool,
+    ) -> Result<Slot> {
+        if exact && let Some(slot) = self.stash.take(owner, fingerprint) {
+            return Ok(slot);
+        }
+        self.reserve_and_keep(owner, fingerprint, size, align, exact)
+    }
+
+    /// A slot out of the index, and some to keep for the next objects of the type.
+    #[inline(never)]
+    fn reserve_and_keep(
+        &self,
+        owner: TxId,
+        fingerprint: u64,
+        size: usize,
+        align: usize,
+        exact: bool,
+    ) -> Result<Slot> {
+        let mut books = self.heap.lock();
+        let slot = self.reserve(&mut books, fingerprint, size, align, exact)?;
+        if exact && let Some((shelf, most)) = self.stash.shelf_for(owner, fingerprint, &slot) {
+            shelf.empty(|offset| _ = books.heap.release(&self.table, offset));
+            shelf.fill(fingerprint, &slot, books.heap.reserve_beside(&slot, most));
+        }
+        Ok(slot)
+    }
+
+    /// A slot out of the locked index.
     #[inline]
-    pub(crate) fn count(&self, books: &mut Books, tally: Tally) {
-        let sum = &mut books.tally;
-        sum.transactions += tally.transactions;
-        sum.allocations += tally.allocations;
-        sum.frees += tally.frees;
-        sum.bytes += tally.bytes;
-        sum.freed_bytes += tally.freed_bytes;
-        books.peak = books.peak.max(sum.bytes as i64 - sum.freed_bytes as i64);
+    pub(crate) fn reserve(
+        &self,
+        books: &mut Books,
+        fingerprint: u64,
+        size: usize,
+        align: usize,
+        exact: bool,
+    ) -> Result<Slot> {
+        let slot = books.heap.reserve(&self.media, &self.table, fingerprint, size, align, exact);
+        if slot.is_ok() { slot } else { self.reserve_again(books, fingerprint, size, align, exact, slot) }
+    }
+
+    /// Where the pool is full, what transactions keep for their next objects is taken back first.
+    #[cold]
+    fn reserve_again(
+        &self,
+        books: &mut Books,
+        fingerprint: u64,
+        size: usize,
+        align: usize,
+        exact: bool,
+        mut slot: Result<Slot>,
+    ) -> Result<Slot> {
+        let full = matches!(slot, Err(Error::OutOfMemory { .. }));
+        if full && self.take_back(books) {
+            slot = books.heap.reserve(&self.media, &self.table, fingerprint, size, align, exact);
+        }
+        books.failures += u64::from(slot.is_err());
+        slot
+    }
+
+    /// Gives all slots that transactions keep back to the index. Whether there were any.
+    pub(crate) fn take_back(&self, books: &mut Books) -> bool {
+        self.stash.empty(|offset| _ = books.heap.release(&self.table, offset))
+    }
+
+    /// Gives a slot back: one that was reserved and not published, or that of an object which is free in the file.
+    #[inline]
+    pub(crate) fn release(&self, owner: TxId, books: &mut Books, fingerprint: u64, offset: u64, mark: Mark) {
+        if !self.stash.keep(owner, fingerprint, mark) {
+            books.heap.release(&self.table, offset);
+        }
     }
 
     pub(crate) fn add_roots(&self, roots: &[(String, u64)]) {
@@ -191,29 +309,14 @@ impl Inner {
         self.names.read().unwrap_or_else(|poisoned| poisoned.into_inner()).get(name).copied()
     }
 
-    /// A counter of the file, as it was when the pool was opened.
+    /// A counter in the file.
     pub(crate) fn stored(&self, counter: Counter) -> u64 {
         self.media.load(counter.at())
     }
 
-    /// Writes the counters to the super page; called when the pool is closed.
-    pub(crate) fn store_counters(&self) {
-        let tally = self.heap.lock().tally;
-        for (counter, more) in [
-            (Counter::Transactions, tally.transactions),
-            (Counter::Allocations, tally.allocations),
-            (Counter::Frees, tally.frees),
-            (Counter::Bytes, tally.bytes),
-        ] {
-            let sum = self.stored(counter).wrapping_add(more);
-            // SAFETY: nobody holds references into the super page, and the last handle is being dropped.
-            unsafe { self.media.store(counter.at(), sum) };
-        }
-    }
-
     pub(crate) fn stats(&self) -> MemoryStats {
         let mut books = self.heap.lock();
-        let Tally { bytes, freed_bytes, allocations, frees, .. } = books.tally;
+        let (Tally { bytes, allocations, frees, .. }, held_since) = (books.tally, books.held);
         let at_open = match books.live_at_open {
             Some(live) => live,
             None => {
@@ -222,20 +325,19 @@ impl Inner {
                     live += object.size;
                     true
                 });
-                // Transactions that are being applied right now are in the file and not yet in the tally.
-                let live = (live + freed_bytes).saturating_sub(bytes);
+                let live = live.saturating_sub_signed(held_since);
                 books.live_at_open = Some(live);
                 live
             }
         };
         let held = self.media.len() as usize;
         let (free, largest_free) = books.free_space();
-        MemoryStats {
-            total_allocated: self.stored(Counter::Bytes).wrapping_add(bytes),
-            current_allocated: (at_open + bytes).saturating_sub(freed_bytes) as usize,
-            peak_allocated: (at_open as i64).saturating_add(books.peak).max(0) as usize,
-            allocation_count: self.stored(Counter::Allocations).wrapping_add(allocations),
-            deallocation_count: self.stored(Counter::Frees).wrapping_add(frees),
+        let mut stats = MemoryStats {
+            total_allocated: bytes,
+            current_allocated: at_open.saturating_add_signed(held_since) as usize,
+            peak_allocated: at_open.saturating_add_signed(books.peak) as usize,
+            allocation_count: allocations,
+            deallocation_count: frees,
             failed_count: books.failures,
             reserved: held,
             peak_reserved: held,
@@ -245,15 +347,29 @@ impl Inner {
             largest_free: largest_free as usize,
             source_calls: self.media.syncs(),
             ..MemoryStats::default()
-        }
+        };
+        drop(books);
+        self.tracking.show(&mut stats);
+        stats
     }
+
+    /// Whether the statistics say what happens from now on.
+    pub(crate) fn set_tracking(&self, on: bool) {
+        let Tally { bytes, allocations: allocs, frees, .. } = self.heap.lock().tally;
+        self.tracking.switch(on, Counts { allocs, frees, bytes, ..Counts::default() });
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn bad_pointer(offset: u64, fault: PointerFault) -> Error {
+    Error::pointer(offset as usize, fault)
 }
 
 impl Overflow for Inner {
     fn reserve(&self, len: usize) -> Result<u64> {
         let len = len.next_multiple_of(CHUNK as usize);
-        let mut books = self.heap.lock();
-        books.heap.reserve(&self.media, &self.table, internal::SCRATCH, len, 8, false).map(|slot| slot.offset)
+        self.reserve(&mut self.heap.lock(), internal::SCRATCH, len, 8, false).map(|slot| slot.offset)
     }
 
     fn release(&self, offset: u64) {

@@ -23,235 +23,18 @@
 //! 4. Whether a record is still to be applied is said by those of the last group. So whoever clears the log clears
 //!    them last, when all others are durably gone: an old record left alone would be applied over newer ones.
 
-use std::sync::{Condvar, Mutex, MutexGuard};
+mod group;
+mod ops;
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::format::{BITMAP_WORDS, Checksum, Header, LANE_HEADER, LANE_SIZE};
-use super::gate::Gate;
-use super::inner::Books;
+use super::format::{Checksum, Header, LANE_HEADER, LANE_SIZE, ShortHead};
 use super::locks::TxId;
 use super::media::Media;
-use super::recover::Words;
 use crate::base::error::{Error, Refusal, Result};
-
-/// Operations of a record, encoded.
-#[derive(Debug, Default)]
-pub(crate) struct Ops {
-    words: Vec<u64>,
-    count: usize,
-    /// Where the last operation begins.
-    last: usize,
-}
-
-/// One operation.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Op<'a> {
-    Set { at: u64, value: u64 },
-    SetBits { at: u64, mask: u64 },
-    ClearBits { at: u64, mask: u64 },
-    Write { at: u64, words: &'a [u64] },
-    Entry { at: u64, bitmap: u64, word: u64, fingerprint: u64 },
-    Check { at: u64, len: u64, sum: u64 },
-}
-
-/// Bytes that one check covers at most.
-const CHECKED: u64 = 1 << 30;
-
-impl Ops {
-    /// `words` are kind, place and operands.
-    #[inline]
-    fn push<const N: usize>(&mut self, words: [u64; N]) {
-        self.count += 1;
-        self.last = self.words.len();
-        self.words.extend_from_slice(&words);
-    }
-
-    #[inline]
-    pub(crate) fn set(&mut self, at: u64, value: u64) {
-        self.push([1, at, value]);
-    }
-
-    #[inline]
-    pub(crate) fn set_bits(&mut self, at: u64, mask: u64) {
-        self.bits(2, at, mask);
-    }
-
-    #[inline]
-    pub(crate) fn clear_bits(&mut self, at: u64, mask: u64) {
-        self.bits(3, at, mask);
-    }
-
-    /// Neighbours are often set or cleared together.
-    #[inline]
-    fn bits(&mut self, kind: u64, at: u64, mask: u64) {
-        match self.words.get_mut(self.last..) {
-            Some([last, place, bits]) if (*last, *place) == (kind, at) => *bits |= mask,
-            _ => self.push([kind, at, mask]),
-        }
-    }
-
-    #[inline]
-    pub(crate) fn write(&mut self, at: u64, words: &[u64]) {
-        let kind = 4 | (words.len() as u64 * 8) << 32;
-        match *words {
-            [value] => self.set(at, value),
-            [first, second] => self.push([kind, at, first, second]),
-            _ => {
-                self.push([kind, at]);
-                self.words.extend_from_slice(words);
-            }
-        }
-    }
-
-    /// Sets a table entry, and clears the bitmap with it, unless it is set already.
-    pub(crate) fn entry(&mut self, at: u64, bitmap: u64, word: u64, fingerprint: u64) {
-        self.push([5, at, bitmap, word, fingerprint]);
-    }
-
-    /// Makes the record depend on words that were written in place.
-    pub(crate) fn check(&mut self, media: &Media, mut at: u64, mut len: u64) {
-        while len > 0 {
-            let piece = len.min(CHECKED);
-            self.push([6 | piece << 32, at, sum_of(media, at, piece)]);
-            (at, len) = (at + piece, len - piece);
-        }
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.words.is_empty()
-    }
-
-    pub(crate) fn clear(&mut self) {
-        self.words.clear();
-        (self.count, self.last) = (0, 0);
-    }
-
-    /// The encoded operations.
-    pub(crate) fn body(&self) -> &[u64] {
-        &self.words
-    }
-
-    /// Whether it is one word, which changes whole or not at all.
-    fn is_one_word(&self) -> bool {
-        self.count == 1 && self.words.first().is_some_and(|kind| *kind <= 3)
-    }
-}
-
-/// The operations in a body; `None` behind a malformed one.
-pub(crate) fn parse(mut body: &[u64]) -> impl Iterator<Item = Option<Op<'_>>> {
-    core::iter::from_fn(move || {
-        let (&head, rest) = body.split_first()?;
-        let step = || {
-            let (&at, rest) = rest.split_first()?;
-            let bytes = head >> 32;
-            let operands = match head & 0xFFFF_FFFF {
-                1..=3 if bytes == 0 => 1,
-                4 if bytes > 0 && bytes % 8 == 0 => (bytes / 8) as usize,
-                5 if bytes == 0 => 3,
-                6 if bytes > 0 && bytes % 8 == 0 => 1,
-                _ => return None,
-            };
-            let (words, rest) = rest.split_at_checked(operands)?;
-            let op = match (head & 0xFFFF_FFFF, words) {
-                (1, &[value]) => Op::Set { at, value },
-                (2, &[mask]) => Op::SetBits { at, mask },
-                (3, &[mask]) => Op::ClearBits { at, mask },
-                (6, &[sum]) => Op::Check { at, len: bytes, sum },
-                (5, &[bitmap, word, fingerprint]) => Op::Entry { at, bitmap, word, fingerprint },
-                (_, words) => Op::Write { at, words },
-            };
-            Some((op, rest))
-        };
-        match step() {
-            Some((op, rest)) => {
-                body = rest;
-                Some(Some(op))
-            }
-            None => {
-                body = &[];
-                Some(None)
-            }
-        }
-    })
-}
-
-/// Applies the operations of a body that was made here or checked.
-///
-/// # Safety
-/// Nobody else reads through references, or writes, what they change.
-#[inline]
-pub(crate) unsafe fn apply(media: &Media, body: &[u64]) {
-    let mut rest = body;
-    while let [kind, at, operands @ ..] = rest {
-        // SAFETY: the caller's contract.
-        let taken = unsafe { apply_one(media, *kind, *at, operands) };
-        rest = &operands[taken..];
-    }
-}
-
-/// Applies one operation; returns the number of its operands.
-///
-/// # Safety
-/// As for [`apply`].
-#[inline(always)]
-unsafe fn apply_one(media: &Media, kind: u64, at: u64, operands: &[u64]) -> usize {
-    if let (1..=3, [operand, ..]) = (kind, operands) {
-        let value = match kind {
-            1 => *operand,
-            2 => media.load(at) | operand,
-            _ => media.load(at) & !operand,
-        };
-        // SAFETY: the caller's contract.
-        unsafe { media.store(at, value) };
-        media.flush(at, 8);
-        return 1;
-    }
-    let words = (kind >> 35) as usize;
-    if kind as u32 == 4 {
-        // SAFETY: the caller's contract.
-        unsafe { media.store_words(at, &operands[..words]) };
-        media.flush(at, words * 8);
-        return words;
-    }
-    if let (5, &[bitmap, word, fingerprint, ..]) = (kind, operands) {
-        // SAFETY: the caller's contract.
-        unsafe { apply_entry(media, at, bitmap, [word, fingerprint]) };
-        return 3;
-    }
-    // A check changes nothing.
-    1
-}
-
-/// # Safety
-/// As for [`apply`].
-#[cold]
-unsafe fn apply_entry(media: &Media, at: u64, bitmap: u64, entry: [u64; 2]) {
-    if media.load_pair(at) == entry {
-        return;
-    }
-    // SAFETY: the caller's contract.
-    unsafe {
-        media.store_words(bitmap, &[0; BITMAP_WORDS]);
-        media.store(at + 8, entry[1]);
-        media.store(at, entry[0]);
-    }
-    media.flush(bitmap, BITMAP_WORDS * 8);
-    media.flush(at, 16);
-}
-
-/// The checksum of `len` bytes at `at`, both multiples of 8.
-pub(crate) fn sum_of(words: &impl Words, mut at: u64, mut len: u64) -> u64 {
-    let mut piece = [0; 64];
-    let mut sum = Checksum::new(at);
-    while len > 0 {
-        let count = (len / 8).min(64) as usize;
-        words.read(at, &mut piece[..count]);
-        sum = piece[..count].iter().fold(sum, |sum, &word| sum.add(word));
-        (at, len) = (at + count as u64 * 8, len - count as u64 * 8);
-    }
-    sum.finish()
-}
+use crate::base::sync::{Condvar, Mutex};
+use group::Group;
+pub(crate) use ops::{Op, Ops, apply, parse, sum_of};
 
 /// A block outside the log that holds a body too large for a lane.
 pub(crate) trait Overflow {
@@ -259,6 +42,12 @@ pub(crate) trait Overflow {
     fn reserve(&self, len: usize) -> Result<u64>;
     /// Gives it back.
     fn release(&self, offset: u64);
+}
+
+/// The checksum of a short record.
+#[inline]
+pub(crate) fn short_sum(identity: u64, lane: u32, head: u64, body: &[u64]) -> u64 {
+    body.iter().fold(Checksum::new(identity ^ u64::from(lane)).add(head), |sum, &word| sum.add(word)).finish()
 }
 
 /// The checksum of a lane's header.
@@ -272,31 +61,6 @@ struct Lane {
     /// Of a shared lane: somebody has claimed it.
     busy: AtomicBool,
     sequence: AtomicU64,
-}
-
-/// A record that waits for its sync.
-struct Waiting {
-    ticket: u64,
-    lane: u32,
-    body: Vec<u64>,
-    body_sum: u64,
-    overflow: u64,
-}
-
-#[derive(Default)]
-struct Group {
-    sequence: u64,
-    /// Up to here every record is in place for good.
-    settled: u64,
-    free: Vec<u32>,
-    waiting: Vec<Waiting>,
-    /// Lanes and overflow blocks of records applied since the last sync began.
-    applied: Vec<(u32, u64)>,
-    leading: bool,
-    next_ticket: u64,
-    /// Tickets below this one were served.
-    served: u64,
-    spare: Vec<Vec<u64>>,
 }
 
 /// Where a record is that is safe and not cleared yet.
@@ -332,11 +96,7 @@ impl Journal {
             identity: header.identity,
             lanes: (0..header.lanes).map(lane).collect(),
             owned: header.lanes - header.lanes.div_ceil(8),
-            group: Mutex::new(Group {
-                sequence: 1,
-                free: (0..header.lanes).rev().collect(),
-                ..Group::default()
-            }),
+            group: Mutex::new(Group::new(header.lanes)),
             wake: Condvar::new(),
         }
     }
@@ -344,7 +104,7 @@ impl Journal {
     /// Records committed since opening.
     pub(crate) fn records(&self) -> u64 {
         let alone: u64 = self.lanes.iter().map(|lane| lane.sequence.load(Ordering::Relaxed) - 1).sum();
-        alone + self.lock().sequence - 1
+        alone + self.lock().records()
     }
 
     /// Writes a record under process crash or DAX; when it returns, the record is safe. [`Safe::None`] where
@@ -359,14 +119,36 @@ impl Journal {
         }
         let number = self.claim(id);
         let lane = &self.lanes[number as usize];
-        match self.write_body(media, lane, overflow, &ops.words) {
+        let sequence = lane.sequence.load(Ordering::Relaxed);
+        let body = ops.body();
+        let mut block = 0;
+        let head = ShortHead { words: body.len() as u64, sequence };
+        if let Some(head) = head.encode() {
+            let sum = short_sum(self.identity, number, head, body);
+            // SAFETY: the lane is ours until unclaimed.
+            unsafe {
+                media.store_words(lane.at + ShortHead::BODY, body);
+                media.store_words(lane.at, &[sum, head]);
+            }
+            media.flush(lane.at, ShortHead::BODY as usize + body.len() * 8);
+        } else {
+            block = self.write_long(media, number, overflow, body)?;
+        }
+        lane.sequence.store(sequence + 1, Ordering::Relaxed);
+        media.fence();
+        Ok(Safe::Lane { number, block })
+    }
+
+    /// Writes a record that does not fit into its lane; returns the block of its body.
+    #[cold]
+    #[inline(never)]
+    fn write_long(&self, media: &Media, number: u32, overflow: &dyn Overflow, body: &[u64]) -> Result<u64> {
+        let lane = &self.lanes[number as usize];
+        let sequence = lane.sequence.load(Ordering::Relaxed);
+        match self.write_body(media, lane, overflow, body) {
             Ok((body_sum, block)) => {
-                let sequence = lane.sequence.load(Ordering::Relaxed);
-                lane.sequence.store(sequence + 1, Ordering::Relaxed);
-                let bytes = ops.words.len() as u64 * 8;
-                self.write_header(media, number, [sequence, 0, body_sum, bytes, block, 0]);
-                media.fence();
-                Ok(Safe::Lane { number, block })
+                self.write_header(media, number, [sequence, 0, body_sum, body.len() as u64 * 8, block, 0]);
+                Ok(block)
             }
             Err(error) => {
                 self.unclaim(number);
@@ -445,138 +227,6 @@ impl Journal {
         unsafe { media.store_words(at, &[sum, sequence, settled, body_sum, bytes, block, group]) };
         media.flush(at, LANE_HEADER as usize);
     }
-
-    fn lock(&self) -> MutexGuard<'_, Group> {
-        self.group.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    fn wait<'a>(&self, group: MutexGuard<'a, Group>) -> MutexGuard<'a, Group> {
-        self.wake.wait(group).unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    /// Makes the operations happen under power, all or none; on return they have and are durable. `ops` is
-    /// empty afterwards.
-    ///
-    /// # Safety
-    /// The operations lie in the file, and what they change is locked by the caller, so that only readers
-    /// inside the gate look at it.
-    pub(crate) unsafe fn commit(
-        &self,
-        media: &Media,
-        gate: &Gate<Books>,
-        overflow: &dyn Overflow,
-        ops: &mut Ops,
-    ) -> Result<()> {
-        media.check_usable()?;
-        let mut group = self.lock();
-        let lane = loop {
-            if let Some(lane) = group.free.pop() {
-                break lane;
-            }
-            // All lanes wait for the sync that makes their changes durable.
-            group = if group.leading { self.wait(group) } else { self.lead(group, media, gate, overflow) };
-            media.check_usable()?;
-        };
-        drop(group);
-        let written = self.write_body(media, &self.lanes[lane as usize], overflow, &ops.words);
-        let mut group = self.lock();
-        let (body_sum, block) = match written {
-            Ok(written) => written,
-            Err(error) => {
-                group.free.push(lane);
-                return Err(error);
-            }
-        };
-        let ticket = group.next_ticket;
-        group.next_ticket += 1;
-        let spare = group.spare.pop().unwrap_or_default();
-        let body = core::mem::replace(&mut ops.words, spare);
-        ops.clear();
-        group.waiting.push(Waiting { ticket, lane, body, body_sum, overflow: block });
-        while group.served <= ticket {
-            group = if group.leading { self.wait(group) } else { self.lead(group, media, gate, overflow) };
-            if group.served <= ticket {
-                media.check_usable()?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Syncs for all that wait, and applies their records.
-    fn lead<'a>(
-        &'a self,
-        mut group: MutexGuard<'a, Group>,
-        media: &Media,
-        gate: &Gate<Books>,
-        overflow: &dyn Overflow,
-    ) -> MutexGuard<'a, Group> {
-        group.leading = true;
-        let batch = core::mem::take(&mut group.waiting);
-        let before = core::mem::take(&mut group.applied);
-        let (first, settled) = (group.sequence, group.settled);
-        group.sequence += batch.len() as u64;
-        drop(group);
-        for (i, record) in batch.iter().enumerate() {
-            let bytes = record.body.len() as u64 * 8;
-            let words = [first + i as u64, settled, record.body_sum, bytes, record.overflow, first];
-            self.write_header(media, record.lane, words);
-        }
-        let synced = media.sync();
-        if synced.is_ok() {
-            let alone = gate.alone();
-            for record in &batch {
-                // SAFETY: every committer of the batch locked what its record changes and waits for us; the
-                // gate keeps readers out.
-                unsafe { apply(media, &record.body) };
-            }
-            drop(alone);
-        }
-        let mut group = self.lock();
-        group.leading = false;
-        if synced.is_ok() {
-            group.settled = first - 1;
-            for (lane, block) in before {
-                group.free.push(lane);
-                if block != 0 {
-                    overflow.release(block);
-                }
-            }
-            for mut record in batch {
-                group.served = record.ticket + 1;
-                group.applied.push((record.lane, record.overflow));
-                record.body.clear();
-                group.spare.push(record.body);
-            }
-        }
-        // After a failure the pool is poisoned; those who wait find that out themselves.
-        self.wake.notify_all();
-        group
-    }
-
-    /// Makes every record that was applied durable in place, and clears the log: by invariant 4 the records of the
-    /// last group after all others.
-    pub(crate) fn settle(&self, media: &Media, overflow: &dyn Overflow) -> Result<()> {
-        let mut group = self.lock();
-        while group.leading {
-            group = self.wait(group);
-        }
-        media.sync()?;
-        if group.applied.is_empty() {
-            return Ok(());
-        }
-        group.settled = group.sequence - 1;
-        let last = core::mem::take(&mut group.applied);
-        let earlier = group.free.iter().map(|&lane| self.lanes[lane as usize].at);
-        // SAFETY: applied and durable, so nobody needs the records; nobody leads.
-        unsafe { clear_lanes(media, earlier, last.iter().map(|&(lane, _)| self.lanes[lane as usize].at))? };
-        for (lane, block) in last {
-            group.free.push(lane);
-            if block != 0 {
-                overflow.release(block);
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Clears the lanes at those offsets, durably: the `last` ones when the others are gone for good.
@@ -605,29 +255,4 @@ pub(crate) unsafe fn clear_lanes(
 #[cold]
 pub(crate) fn conflict() -> Error {
     Error::InvalidOperation(Refusal::Conflict)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bodies_parse_back_and_cut_ones_end_in_none() {
-        let mut ops = Ops::default();
-        ops.set(8, 1);
-        ops.set_bits(16, 2);
-        ops.clear_bits(24, 3);
-        ops.write(32, &[4, 5, 6]);
-        ops.entry(64, 72, 7, 8);
-        ops.push([6 | 16 << 32, 80, 9]);
-        let all: Vec<_> = parse(&ops.words).collect();
-        assert_eq!(all.len(), ops.count);
-        assert_eq!(all[3], Some(Op::Write { at: 32, words: &[4, 5, 6] }));
-        assert!(all.iter().all(Option::is_some));
-        for cut in 1..ops.words.len() {
-            let parsed: Vec<_> = parse(&ops.words[..cut]).collect();
-            assert!(parsed.iter().rev().skip(1).all(Option::is_some), "{cut}");
-        }
-        assert_eq!(parse(&[9, 9, 9]).collect::<Vec<_>>(), [None]);
-    }
 }

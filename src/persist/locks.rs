@@ -180,6 +180,7 @@ impl Locks {
     }
 
     #[cold]
+    #[inline(never)]
     fn acquire_slow(&self, id: TxId, object: u64, exclusive: bool, may_wait: bool) -> Result<()> {
         let mut moved = self.lock();
         loop {
@@ -214,31 +215,33 @@ impl Locks {
         }
     }
 
-    /// Gives up all of `objects`, which `id` holds exclusively or not.
+    /// Gives up an object, which `id` holds exclusively or not.
     #[inline]
-    pub(crate) fn release(&self, id: TxId, objects: impl Iterator<Item = (u64, bool)>) {
-        let mut moved = None;
-        for (object, exclusive) in objects {
-            let in_table = word_of(id, object, exclusive).is_some_and(|word| {
-                let place = &self.table[place_of(object)];
-                place.compare_exchange(word, 0, Ordering::Release, Ordering::Relaxed).is_ok()
-            });
-            if !in_table {
-                moved.get_or_insert_with(|| self.lock()).release(id, object);
+    pub(crate) fn release(&self, id: TxId, object: u64, exclusive: bool) {
+        let in_table = word_of(id, object, exclusive).is_some_and(|word| {
+            let place = &self.table[place_of(object)];
+            place.compare_exchange(word, 0, Ordering::Release, Ordering::Relaxed).is_ok()
+        });
+        if !in_table {
+            self.release_slow(id, object);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn release_slow(&self, id: TxId, object: u64) {
+        let mut moved = self.lock();
+        moved.release(id, object);
+        if moved.held.is_empty() {
+            for number in core::mem::take(&mut moved.places) {
+                // Release: whoever locks in the table next comes after all that was unlocked in the map.
+                self.table[number].store(0, Ordering::Release);
             }
         }
-        if let Some(mut moved) = moved {
-            if moved.held.is_empty() {
-                for number in core::mem::take(&mut moved.places) {
-                    // Release: whoever locks in the table next comes after all that was unlocked in the map.
-                    self.table[number].store(0, Ordering::Release);
-                }
-            }
-            let waited_for = !moved.waits.is_empty();
-            drop(moved);
-            if waited_for {
-                self.wake.notify_all();
-            }
+        let waited_for = !moved.waits.is_empty();
+        drop(moved);
+        if waited_for {
+            self.wake.notify_all();
         }
     }
 }
@@ -253,11 +256,11 @@ mod tests {
         locks.acquire(1, 8, false, || true).unwrap();
         locks.acquire(2, 8, false, || true).unwrap();
         assert!(locks.acquire(3, 8, true, || false).is_err());
-        locks.release(1, [(8, false)].into_iter());
+        locks.release(1, 8, false);
         locks.acquire(2, 8, true, || false).unwrap();
         locks.acquire(2, 8, false, || false).unwrap();
         assert!(locks.acquire(1, 8, false, || false).is_err());
-        locks.release(2, [(8, true)].into_iter());
+        locks.release(2, 8, true);
         assert!(locks.table.iter().all(|place| place.load(Ordering::Relaxed) == 0));
         assert!(locks.lock().held.is_empty());
     }
@@ -272,12 +275,12 @@ mod tests {
             std::thread::scope(|scope| {
                 let first = scope.spawn(|| {
                     let outcome = locks.acquire(1, b, true, || true);
-                    locks.release(1, [(a, !upgrade)].into_iter());
+                    locks.release(1, a, !upgrade);
                     outcome.is_err()
                 });
                 let second = scope.spawn(|| {
                     let outcome = locks.acquire(2, a, true, || true);
-                    locks.release(2, [(b, !upgrade)].into_iter());
+                    locks.release(2, b, !upgrade);
                     outcome.is_err()
                 });
                 let failed = [first.join().unwrap(), second.join().unwrap()];

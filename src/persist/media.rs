@@ -297,12 +297,14 @@ impl Media {
     /// The words at `offset`.
     #[inline(always)]
     fn words<const N: usize>(&self, offset: u64) -> &[AtomicU64; N] {
-        if !offset.is_multiple_of(8) {
+        // One comparison for both: what is no multiple of 8 becomes a number of a word far behind the end.
+        let word = offset.rotate_right(3) as usize;
+        if word >= (self.len.load(Ordering::Relaxed) / 8).saturating_sub(N - 1) {
             outside(offset, N * 8);
         }
-        // SAFETY: `at` checked the range, the base is aligned, and by invariant 3 words are accessed
-        // atomically here.
-        unsafe { self.at(offset, N * 8).cast::<[AtomicU64; N]>().as_ref() }
+        // SAFETY: the words lie in the mapping (invariant 1), the base is aligned, and by invariant 3 words are
+        // accessed atomically here.
+        unsafe { self.base.cast::<AtomicU64>().add(word).cast::<[AtomicU64; N]>().as_ref() }
     }
 
     /// The word at `offset`.
@@ -445,19 +447,26 @@ impl Media {
     /// An error where a sync failed before, or where this process is a fork of the one that opened the pool.
     #[inline]
     pub(crate) fn check_usable(&self) -> Result<()> {
-        if self.poisoned.load(Ordering::Relaxed) {
-            return Err(Error::InvalidOperation(Refusal::Poisoned));
-        }
-        if self.forks != FORKS.load(Ordering::Relaxed) {
-            return Err(Error::refused(
-                "this pool belongs to the parent process",
-                "open a pool after the fork, in the process that uses it",
-            ));
+        if self.poisoned.load(Ordering::Relaxed) || !self.is_ours() {
+            return Err(self.why_unusable());
         }
         Ok(())
     }
 
+    #[cold]
+    #[inline(never)]
+    fn why_unusable(&self) -> Error {
+        if self.is_ours() {
+            return Error::InvalidOperation(Refusal::Poisoned);
+        }
+        Error::refused(
+            "this pool belongs to the parent process",
+            "open a pool after the fork, in the process that uses it",
+        )
+    }
+
     /// Whether this process opened the file, and not a parent of it.
+    #[inline]
     pub(crate) fn is_ours(&self) -> bool {
         self.forks == FORKS.load(Ordering::Relaxed)
     }

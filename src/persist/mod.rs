@@ -6,6 +6,7 @@
 //! | `media`, `flush` | the mapped, locked file; syncs and flush instructions |
 //! | `table` | what lies at an offset, without a lock |
 //! | `heap`, `fold` | what may be handed out: an index in memory over the bitmaps in the file; its hash |
+//! | `stash` | slots that transactions keep for their next objects |
 //! | `journal`, `recover` | records in the log: written, applied, applied again after a crash |
 //! | `gate` | the lock of the index, and the door between readers and commits |
 //! | `locks`, `context`, `arena`, `tx`, `txapi` | transactions |
@@ -38,6 +39,7 @@ mod raw;
 mod read;
 mod recover;
 mod roots;
+mod stash;
 mod string;
 mod structs;
 mod survey;

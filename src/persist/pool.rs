@@ -251,18 +251,7 @@ impl PersistentPool {
         let current = context::current(inner);
         // SAFETY: used in this call only.
         if let Some(outer) = unsafe { current.transaction() } {
-            struct Doom<'a>(&'a Transaction<'a>);
-            impl Drop for Doom<'_> {
-                fn drop(&mut self) {
-                    self.0.doom();
-                }
-            }
-            let doom = Doom(outer);
-            let outcome = work(outer);
-            if outcome.is_ok() {
-                core::mem::forget(doom);
-            }
-            return outcome;
+            return join(outer, work);
         }
         if current.reads {
             return Err(Error::refused(
@@ -270,7 +259,7 @@ impl PersistentPool {
                 "begin it after the read",
             ));
         }
-        inner.open()?;
+        inner.present()?;
         let tx = Transaction::begin(inner)?;
         let value = context::within(inner, Some(&tx), || work(&tx))?;
         tx.commit()?;
@@ -364,8 +353,8 @@ impl PersistentPool {
         done
     }
 
-    /// Closes the pool: what it holds is made durable (whatever its durability), counters are saved. An error
-    /// where other handles are still there; they keep it open.
+    /// Closes the pool: what it holds is made durable (whatever its durability). An error where other handles are
+    /// still there; they keep it open.
     pub fn close(self) -> Result<()> {
         let others = Arc::strong_count(&self.inner) - 1;
         match Arc::into_inner(self.inner) {
@@ -421,6 +410,24 @@ impl PersistentPool {
     }
 }
 
+/// Runs `work` as a part of a transaction of the same thread, which cannot happen without it.
+#[cold]
+#[inline(never)]
+fn join<'t, R>(outer: &'t Transaction<'t>, work: impl FnOnce(&Transaction<'_>) -> Result<R>) -> Result<R> {
+    struct Doom<'a>(&'a Transaction<'a>);
+    impl Drop for Doom<'_> {
+        fn drop(&mut self) {
+            self.0.doom();
+        }
+    }
+    let doom = Doom(outer);
+    let outcome = work(outer);
+    if outcome.is_ok() {
+        core::mem::forget(doom);
+    }
+    outcome
+}
+
 /// Makes everything durable and notes that the pool was closed in order.
 pub(crate) fn shut(inner: &Inner) -> Result<()> {
     if inner.media.load(CLOSED) == 1 {
@@ -428,7 +435,6 @@ pub(crate) fn shut(inner: &Inner) -> Result<()> {
     }
     inner.media.check_usable()?;
     inner.free_deferred();
-    inner.store_counters();
     // SAFETY: nobody holds references into the super page.
     unsafe { inner.media.store(CLOSED, 1) };
     inner.media.flush(CLOSED, 8);

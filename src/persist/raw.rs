@@ -44,15 +44,12 @@ impl Inner {
         }
         if self.durability == Durability::ProcessCrash && self.media.is_writable() {
             let mut books = self.heap.lock();
-            let slot = books
-                .heap
-                .reserve(&self.media, &self.table, RAW, layout.size(), layout.align(), false)
-                .inspect_err(|_| books.failures += 1)?;
+            let slot = self.reserve(&mut books, RAW, layout.size(), layout.align(), false)?;
             if let Mark::Bit { word, mask } = slot.mark
                 && !slot.fresh
             {
                 let tally = Tally { allocations: 1, bytes: slot.size, ..Tally::default() };
-                self.count(&mut books, tally);
+                books.count(&self.media, &tally);
                 // One bit makes it live. No reader has references to raw blocks, so the gate is not needed.
                 // SAFETY: words of bitmaps change under the lock of the heap only.
                 unsafe { self.media.set_bits(word, mask) };
@@ -77,7 +74,7 @@ impl Inner {
             // SAFETY: as in `allocate_raw`.
             unsafe { self.media.clear_bits(word, mask) };
             books.heap.release(&self.table, offset);
-            self.count(&mut books, Tally { frees: 1, freed_bytes: object.size, ..Tally::default() });
+            books.count(&self.media, &Tally { frees: 1, freed_bytes: object.size, ..Tally::default() });
             return Ok(());
         }
         let tx = Transaction::begin(self)?;
@@ -98,7 +95,9 @@ impl Inner {
                 books.heap.release(&self.table, offset);
             }
         } else if context::current(self).reads {
-            self.heap.lock().deferred.push(offset);
+            let mut books = self.heap.lock();
+            books.deferred.push(offset);
+            self.defers.store(true, Ordering::Relaxed);
         } else {
             let _ = self.free_raw(offset);
         }
@@ -107,10 +106,18 @@ impl Inner {
     /// Frees what was freed during a read.
     #[inline]
     pub(crate) fn free_deferred(&self) {
-        if !self.media.is_writable() {
-            return;
+        // Whoever deferred one sees that here itself, at the latest.
+        if self.defers.load(Ordering::Relaxed) {
+            self.free_deferred_now();
         }
-        let deferred = core::mem::take(&mut self.heap.lock().deferred);
+    }
+
+    #[cold]
+    fn free_deferred_now(&self) {
+        let mut books = self.heap.lock();
+        self.defers.store(false, Ordering::Relaxed);
+        let deferred = core::mem::take(&mut books.deferred);
+        drop(books);
         for offset in deferred {
             let _ = self.free_raw(offset);
         }
@@ -242,7 +249,9 @@ impl PersistentPool {
             return Ok(0);
         }
         let before = self.inner.media.disk_bytes();
-        self.inner.heap.lock().punch_free(&self.inner.media, &self.inner.table, keep as u64);
+        let mut books = self.inner.heap.lock();
+        self.inner.take_back(&mut books);
+        books.punch_free(&self.inner.media, &self.inner.table, keep as u64);
         Ok(before.saturating_sub(self.inner.media.disk_bytes()) as usize)
     }
 
@@ -273,18 +282,18 @@ impl PersistentPool {
     /// Starts the peaks anew from what is current.
     pub fn reset_peak(&self) {
         let mut books = self.inner.heap.lock();
-        books.peak = books.tally.bytes as i64 - books.tally.freed_bytes as i64;
+        books.peak = books.held;
     }
 
-    /// Has no effect beyond [`is_tracking`](Self::is_tracking): the counts of a persistent pool are part of
-    /// its file, and come with each transaction for free.
+    /// Switches the counting of requests on or off: what is done meanwhile does not show in [`stats`](Self::stats)
+    /// of this opening. The file counts on, for the openings to come.
     pub fn set_tracking(&self, on: bool) {
-        self.inner.tracking.store(on, Ordering::Relaxed);
+        self.inner.set_tracking(on);
     }
 
     /// Whether requests are counted.
     pub fn is_tracking(&self) -> bool {
-        self.inner.tracking.load(Ordering::Relaxed)
+        self.inner.tracking.is_on()
     }
 
     /// The raw and scratch blocks that are live.
@@ -339,8 +348,7 @@ unsafe impl HostPool for PersistentPool {
         let mut books = inner.heap.lock();
         // With the books locked, so that nothing is handed out once `destroy` has looked.
         inner.open()?;
-        let slot =
-            books.heap.reserve(&inner.media, &inner.table, SCRATCH, layout.size(), layout.align(), false)?;
+        let slot = inner.reserve(&mut books, SCRATCH, layout.size(), layout.align(), false)?;
         drop(books);
         let block = inner.block(slot.offset, slot.size);
         if zeroed {

@@ -2,8 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-use super::format::{BITMAP, Checksum, Header, LANE_HEADER, LANE_SIZE, PAGE, SUPER};
-use super::journal::{Op, header_sum, parse, sum_of};
+use super::format::{BITMAP, Checksum, Header, LANE_HEADER, LANE_SIZE, PAGE, SUPER, ShortHead};
+use super::journal::{Op, header_sum, parse, short_sum, sum_of};
 use crate::base::error::{Error, Result};
 
 /// Where words are read from: a mapping, or the bytes of a file.
@@ -62,6 +62,13 @@ pub(crate) fn read_log(words: &impl Words, header: &Header) -> Result<Log> {
             continue;
         }
         log.used.push(lane);
+        if let Some(short) = ShortHead::decode(sequence) {
+            match read_short(words, header, lane, [sum, sequence], short)? {
+                Some(record) => log.records.push(record),
+                None => log.torn.push(lane),
+            }
+            continue;
+        }
         if sum != header_sum(header.identity, lane, &fields) {
             log.torn.push(lane);
             continue;
@@ -79,15 +86,7 @@ pub(crate) fn read_log(words: &impl Words, header: &Header) -> Result<Log> {
             log.torn.push(lane);
             continue;
         }
-        for op in parse(&body) {
-            if !op.is_some_and(|op| is_inside(&op, header)) {
-                return Err(Error::corrupt(
-                    start,
-                    "log operations inside the pool: run memory-pool check",
-                    0,
-                ));
-            }
-        }
+        check_operations(&body, header, start)?;
         log.records.push(Record { lane, sequence, settled, group, body });
     }
     // The sync of the last group may not have come to its end.
@@ -108,6 +107,35 @@ pub(crate) fn read_log(words: &impl Words, header: &Header) -> Result<Log> {
     log.records.retain(|record| record.sequence > settled);
     log.records.sort_by_key(|record| record.sequence);
     Ok(log)
+}
+
+/// A short record; `None` where it is not whole.
+fn read_short(
+    words: &impl Words,
+    header: &Header,
+    lane: u32,
+    [sum, head]: [u64; 2],
+    short: ShortHead,
+) -> Result<Option<Record>> {
+    if !short.fits() {
+        return Ok(None);
+    }
+    let start = header.lane(lane) + ShortHead::BODY;
+    let mut body = vec![0; short.words as usize];
+    words.read(start, &mut body);
+    if sum != short_sum(header.identity, lane, head, &body) {
+        return Ok(None);
+    }
+    check_operations(&body, header, start)?;
+    Ok(Some(Record { lane, sequence: short.sequence, settled: 0, group: 0, body }))
+}
+
+/// A record that is whole and makes no sense is an error.
+fn check_operations(body: &[u64], header: &Header, start: u64) -> Result<()> {
+    if parse(body).all(|op| op.is_some_and(|op| is_inside(&op, header))) {
+        return Ok(());
+    }
+    Err(Error::corrupt(start, "log operations inside the pool: run memory-pool check", 0))
 }
 
 /// Whether all that the operation changes lies where records may change something.

@@ -101,15 +101,19 @@ impl Table {
         let (kind, chunks, slot) = Entry::fields(word);
         if kind == Entry::RUN {
             // 32 bits: a run is at most 16 MiB, and this is on every access.
-            let (index, rest) = (inside as u32).checked_div(slot).zip((inside as u32).checked_rem(slot))?;
-            let bit = u64::from(index % 64);
-            let word = table.bitmaps + u64::from(head) * BITMAP + u64::from(index / 64) * 8;
-            let within = inside < u64::from(chunks) * CHUNK && u64::from(index) < MAX_SLOTS;
+            let index = (inside as u32).checked_div(slot)?;
             // Bits behind the last slot are never set in the file by this pool; a forged one is behind the end.
-            let last = (u64::from(index) + 1) * u64::from(slot) <= u64::from(chunks) * CHUNK;
-            let live = within && last && rest == 0 && media.load(word) >> bit & 1 != 0;
+            let whole = inside + u64::from(slot) <= u64::from(chunks) * CHUNK;
+            if inside as u32 != index * slot || u64::from(index) >= MAX_SLOTS || !whole {
+                return None;
+            }
+            let bit = index % 64;
+            let word = table.bitmaps + u64::from(head) * BITMAP + u64::from(index / 64) * 8;
+            if media.load(word) >> bit & 1 == 0 {
+                return None;
+            }
             let object = Object { offset, size: slot.into(), fingerprint };
-            return live.then_some((object, Mark::Bit { word, mask: 1 << bit }));
+            return Some((object, Mark::Bit { word, mask: 1 << bit }));
         }
         let object = Object { offset, size: u64::from(chunks) * CHUNK, fingerprint };
         (kind == Entry::LARGE && inside == 0).then_some((object, Mark::Entry { at }))

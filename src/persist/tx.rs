@@ -57,10 +57,11 @@ pub(crate) struct Opened {
 }
 
 impl<'p> Transaction<'p> {
+    #[inline(always)]
     pub(crate) fn begin(pool: &'p Inner) -> Result<Self> {
         pool.media.check_usable()?;
         if !pool.media.is_writable() {
-            return Err(Error::refused("this pool was opened read-only", "open it for writing"));
+            return Err(read_only());
         }
         Ok(Self {
             pool,
@@ -105,12 +106,13 @@ impl<'p> Transaction<'p> {
             }
             Err(error) => {
                 let id = self.work.borrow().id();
-                self.pool.locks.release(id, core::iter::once((offset, exclusive)));
+                self.pool.locks.release(id, offset, exclusive);
                 Err(error)
             }
         }
     }
 
+    #[inline(never)]
     fn open_again(&self, number: u32, fingerprint: u64, exclusive: bool) -> Result<Opened> {
         let work = self.work.borrow();
         let entry = &work.entries[number as usize];
@@ -139,16 +141,11 @@ impl<'p> Transaction<'p> {
         exact: bool,
         info: impl FnOnce() -> TypeInfo,
     ) -> Result<(u32, Slot)> {
-        self.pool.media.check_usable()?;
-        let slot = {
-            let mut books = self.pool.heap.lock();
-            let (media, table) = (&self.pool.media, &self.pool.table);
-            let reserved = books.heap.reserve(media, table, fingerprint, size, align, exact);
-            reserved.inspect_err(|_| books.failures += 1)?
-        };
         let mut work = self.work.borrow_mut();
+        let slot = self.pool.reserve_slot(work.id(), fingerprint, size, align, exact)?;
+        work.new_runs |= slot.fresh;
         let number = work.add(Entry::reserved(&slot, fingerprint, size.next_multiple_of(8) as u64));
-        let known = slot.registered || work.types.contains(&fingerprint);
+        let known = slot.registered || work.rare().types.contains(&fingerprint);
         drop(work);
         if !known {
             self.register(&info())?;
@@ -165,6 +162,7 @@ impl<'p> Transaction<'p> {
     }
 
     /// Frees an opened object.
+    #[inline]
     pub(crate) fn free_opened(&self, opened: Opened) -> Result<()> {
         let mut work = self.work.borrow_mut();
         let entry = &mut work.entries[opened.entry as usize];
@@ -180,11 +178,11 @@ impl<'p> Transaction<'p> {
     /// The word at the head of a list, as this transaction sees it, locked for it.
     pub(crate) fn head(&self, at: u64) -> Result<u64> {
         debug_assert!(at == ROOTS_HEAD || at == TYPES_HEAD);
-        if !self.work.borrow().head_locks.contains(&at) {
+        if !self.work.borrow().rare().head_locks.contains(&at) {
             self.lock(at, true)?;
-            self.work.borrow_mut().head_locks.push(at);
+            self.work.borrow_mut().rare_mut().head_locks.push(at);
         }
-        let set = self.work.borrow().heads.iter().find(|head| head.0 == at).map(|head| head.1);
+        let set = self.work.borrow().rare().heads.iter().find(|head| head.0 == at).map(|head| head.1);
         Ok(set.unwrap_or_else(|| self.pool.media.load(at)))
     }
 
@@ -200,9 +198,10 @@ impl<'p> Transaction<'p> {
         unsafe { self.pool.media.store_words(slot.offset, &padded) };
         self.publish_slot(number);
         let mut work = self.work.borrow_mut();
-        match work.heads.iter_mut().find(|known| known.0 == head) {
+        let heads = &mut work.rare_mut().heads;
+        match heads.iter_mut().find(|known| known.0 == head) {
             Some(known) => known.1 = slot.offset,
-            None => work.heads.push((head, slot.offset)),
+            None => heads.push((head, slot.offset)),
         }
         Ok(slot.offset)
     }
@@ -214,20 +213,21 @@ impl<'p> Transaction<'p> {
         if self.pool.heap.lock().is_registered(info.fingerprint) {
             return Ok(());
         }
-        self.work.borrow_mut().types.push(info.fingerprint);
+        self.work.borrow_mut().rare_mut().types.push(info.fingerprint);
         self.link_record(TYPES_HEAD, super::format::internal::TYPE, &info.encode(next)).map(drop)
     }
 
     /// A root this transaction made.
     pub(crate) fn new_root(&self, name: &str) -> Option<u64> {
-        self.work.borrow().roots.iter().find(|root| root.0 == name).map(|root| root.1)
+        self.work.borrow().rare().roots.iter().find(|root| root.0 == name).map(|root| root.1)
     }
 
     pub(crate) fn note_root(&self, name: &str, record: u64) {
-        self.work.borrow_mut().roots.push((name.to_owned(), record));
+        self.work.borrow_mut().rare_mut().roots.push((name.to_owned(), record));
     }
 
     /// The only reference to a `T` that starts the object.
+    #[inline]
     pub(crate) fn reference_mut<T: Persist>(&self, opened: Opened) -> Result<PRefMut<'_, T>> {
         let words = size_of::<T>().next_multiple_of(8);
         let place = self.image(opened, 0, words)?;
@@ -246,12 +246,12 @@ impl Drop for Transaction<'_> {
         // SAFETY: taken once, here, and not used after.
         let work = unsafe { ManuallyDrop::take(&mut self.work) }.into_inner();
         if !self.committed.get() && work.entries.iter().any(Entry::is_new) {
-            let mut heap = self.pool.heap.lock();
+            let mut books = self.pool.heap.lock();
             for entry in work.entries.iter().filter(|entry| entry.is_new()) {
-                heap.release(&self.pool.table, entry.offset);
+                books.release(&self.pool.table, entry.offset);
             }
         }
-        self.pool.locks.release(work.id(), work.locked());
+        work.unlock(&self.pool.locks);
         work.keep();
     }
 }
@@ -266,6 +266,7 @@ impl Drop for Unborrow<'_, '_> {
 }
 
 /// The `T` at `place`, if its bytes are one.
+#[inline]
 pub(crate) fn check_value<T: Persist>(place: NonNull<u8>) -> Result<NonNull<T>> {
     let value = place.cast::<T>();
     if !value.is_aligned() {
@@ -280,6 +281,11 @@ pub(crate) fn check_value<T: Persist>(place: NonNull<u8>) -> Result<NonNull<T>> 
         ));
     }
     Ok(value)
+}
+
+#[cold]
+fn read_only() -> Error {
+    Error::refused("this pool was opened read-only", "open it for writing")
 }
 
 #[cold]

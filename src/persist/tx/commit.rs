@@ -5,59 +5,129 @@ use super::work::{Entry, Image, State, Whole, Work};
 use crate::base::error::{Error, Result};
 use crate::persist::inner::{Books, Inner, Tally};
 use crate::persist::journal::{Ops, apply};
+use crate::persist::locks::TxId;
 use crate::persist::media::{Durability, Media};
 use crate::persist::table::Mark;
 
 impl Transaction<'_> {
     /// Makes everything happen.
-    pub(crate) fn commit(self) -> Result<()> {
+    #[inline]
+    pub(crate) fn commit(mut self) -> Result<()> {
         if self.doomed.get() {
-            return Err(Error::refused(
-                "a transaction inside this one failed, so none of it happened",
-                "return the error of the inner one from the outer one",
-            ));
+            return Err(doomed());
         }
-        let mut work = self.work.borrow_mut();
-        let work = &mut **work;
         let pool = self.pool;
-        build(pool, work);
+        let work = &mut **self.work.get_mut();
+        if pool.durability != Durability::Power
+            && let [entry] = &work.entries[..]
+            && let Mark::Bit { word, mask } = entry.mark
+            && matches!(entry.state, State::Published | State::Freed)
+            && !(work.new_runs || work.uses_rare || entry.whole.is_some())
+            && work.parts.is_empty()
+        {
+            commit_bit(pool, work.id(), entry, word, mask)?;
+            self.committed.set(true);
+            return Ok(());
+        }
+        let tally = build(pool, work);
         if work.ops.is_empty() {
             return Ok(());
         }
         if pool.durability == Durability::Power {
-            prepare(pool, work);
-            // SAFETY: the operations were built from slots and objects of the file; by invariant 1 those are
-            // locked.
-            unsafe { pool.journal.commit(&pool.media, &pool.heap, pool, &mut work.ops)? };
-            settle(pool, &mut pool.heap.lock(), work);
+            commit_power(pool, work, tally)?;
         } else {
             let record = pool.journal.write(&pool.media, pool, work.id(), &work.ops)?;
             let mut books = pool.heap.alone();
-            // SAFETY: as above; readers are out.
+            // SAFETY: the operations were built from slots and objects of the file; by invariant 1 those are
+            // locked; readers are out.
             unsafe { apply(&pool.media, work.ops.body()) };
+            // Before the record goes, so that what returned is counted, whatever happens next.
+            books.count(&pool.media, &tally);
             if let Some(block) = pool.journal.clear(&pool.media, &record) {
                 books.release(&pool.table, block);
             }
             settle(pool, &mut books, work);
-            drop(books);
+        }
+        let roots = &work.rare().roots;
+        if !roots.is_empty() {
+            pool.add_roots(roots);
         }
         self.committed.set(true);
-        if !work.roots.is_empty() {
-            pool.add_roots(&work.roots);
-        }
         Ok(())
     }
 }
 
-/// The record of the transaction.
+/// Makes one object live or free, where that is all there is to do: one word changes, which needs no record.
 #[inline]
-fn build(pool: &Inner, work: &mut Work) {
-    let Work { entries, parts, appended, heads, ops, .. } = work;
+fn commit_bit(pool: &Inner, id: TxId, entry: &Entry, word: u64, mask: u64) -> Result<()> {
     let media = &pool.media;
-    if entries.iter().any(|entry| entry.new_run && entry.state == State::Published) {
-        log_new_runs(pool, entries, ops);
+    media.check_usable()?;
+    let publish = entry.state == State::Published;
+    if publish {
+        // What makes it reachable comes after what it is.
+        media.flush(entry.offset, entry.used as usize);
+        media.fence();
     }
+    let (new, gone) = if publish { (entry.size, 0) } else { (0, entry.size) };
+    let tally = Tally {
+        transactions: 1,
+        allocations: u64::from(publish),
+        frees: u64::from(!publish),
+        bytes: new,
+        freed_bytes: gone,
+    };
+    let mut books = pool.heap.alone();
+    let bits = media.load(word);
+    // SAFETY: the word is one of a bitmap, where bits change under the lock of the heap only; by invariant 1 the
+    // object is locked; readers are out.
+    unsafe { media.store(word, if publish { bits | mask } else { bits & !mask }) };
+    media.flush(word, 8);
+    books.count(media, &tally);
+    media.fence();
+    if !publish {
+        pool.release(id, &mut books, entry.fingerprint, entry.offset, entry.mark);
+    }
+    Ok(())
+}
+
+#[inline(never)]
+fn commit_power(pool: &Inner, work: &mut Work, tally: Tally) -> Result<()> {
+    prepare(pool, work);
+    // SAFETY: the operations were built from slots and objects of the file; by invariant 1 those are locked.
+    unsafe { pool.journal.commit(&pool.media, &pool.heap, pool, &mut work.ops, tally)? };
+    settle(pool, &mut pool.heap.lock(), work);
+    Ok(())
+}
+
+#[cold]
+fn doomed() -> Error {
+    Error::refused(
+        "a transaction inside this one failed, so none of it happened",
+        "return the error of the inner one from the outer one",
+    )
+}
+
+/// The record of the transaction, and what it adds to the counters.
+#[inline]
+fn build(pool: &Inner, work: &mut Work) -> Tally {
+    let media = &pool.media;
+    if work.new_runs {
+        log_new_runs(pool, &work.entries, &mut work.ops);
+    }
+    let mut tally = Tally { transactions: 1, ..Tally::default() };
+    let Work { entries, parts, ops, .. } = work;
     for entry in entries.iter() {
+        match entry.state {
+            State::Published => {
+                tally.allocations += 1;
+                tally.bytes += entry.size;
+            }
+            State::Freed => {
+                tally.frees += 1;
+                tally.freed_bytes += entry.size;
+            }
+            State::Live | State::Reserved | State::Dropped => {}
+        }
         match (entry.state, entry.mark) {
             (State::Published, mark) => {
                 cover(pool, entry.offset, entry.used, ops);
@@ -75,16 +145,25 @@ fn build(pool: &Inner, work: &mut Work) {
             (State::Reserved | State::Dropped, _) => {}
         }
     }
-    for &(entry, at, len) in appended.iter() {
-        cover(pool, entries[entry as usize].offset + at, len, ops);
-    }
     for (entry, part) in parts {
         let entry = &entries[*entry as usize];
         if entry.whole.is_none() && entry.state == State::Live {
             log_changes(media, part, u64::MAX, ops);
         }
     }
-    for &(at, value) in heads.iter() {
+    if work.uses_rare {
+        build_rare(pool, work);
+    }
+    tally
+}
+
+#[cold]
+fn build_rare(pool: &Inner, work: &mut Work) {
+    let Work { entries, rare, ops, .. } = work;
+    for &(entry, at, len) in &rare.appended {
+        cover(pool, entries[entry as usize].offset + at, len, ops);
+    }
+    for &(at, value) in &rare.heads {
         ops.set(at, value);
     }
 }
@@ -121,28 +200,17 @@ fn prepare(pool: &Inner, work: &Work) {
 /// Tells the index what happened.
 #[inline]
 fn settle(pool: &Inner, books: &mut Books, work: &Work) {
-    let mut tally = Tally { transactions: 1, ..Default::default() };
     for entry in &work.entries {
         match entry.state {
-            State::Published => {
-                if entry.new_run {
-                    books.confirm(entry.offset);
-                }
-                tally.allocations += 1;
-                tally.bytes += entry.size;
-            }
-            State::Freed => {
-                tally.freed_bytes += books.release(&pool.table, entry.offset);
-                tally.frees += 1;
-            }
+            State::Published if entry.new_run => books.confirm(entry.offset),
+            State::Freed => pool.release(work.id(), books, entry.fingerprint, entry.offset, entry.mark),
             State::Reserved | State::Dropped => _ = books.release(&pool.table, entry.offset),
-            State::Live => {}
+            State::Published | State::Live => {}
         }
     }
-    for &fingerprint in &work.types {
+    for &fingerprint in &work.rare().types {
         books.set_registered(fingerprint);
     }
-    pool.count(books, tally);
 }
 
 /// Logs the words of an image that differ from the file, and all from offset `all_from` on.
@@ -150,22 +218,14 @@ fn settle(pool: &Inner, books: &mut Books, work: &Work) {
 fn log_changes(media: &Media, image: &Image, all_from: u64, ops: &mut Ops) {
     // SAFETY: the image's words were initialised when it was made; no reference to them is left.
     let words = unsafe { core::slice::from_raw_parts(image.copy.as_ptr(), image.words) };
-    let mut at = image.at;
-    // Since when words differ.
-    let mut since = None;
-    for (i, &word) in words.iter().enumerate() {
-        let differs = word != media.load(at) || at >= all_from;
-        at += 8;
-        match since {
-            None if differs => since = Some(i),
-            Some(first) if !differs => {
-                ops.write(image.at + first as u64 * 8, &words[first..i]);
-                since = None;
-            }
-            _ => {}
-        }
-    }
-    if let Some(first) = since {
-        ops.write(image.at + first as u64 * 8, &words[first..]);
+    let end = words.len();
+    let differs = |i: usize| {
+        let at = image.at + i as u64 * 8;
+        words[i] != media.load(at) || at >= all_from
+    };
+    let mut next = 0;
+    while let Some(first) = (next..end).find(|&i| differs(i)) {
+        next = (first + 1..end).find(|&i| !differs(i)).unwrap_or(end);
+        ops.write(image.at + first as u64 * 8, &words[first..next]);
     }
 }

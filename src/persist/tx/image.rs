@@ -47,6 +47,7 @@ impl Transaction<'_> {
     }
 
     /// Where `len` bytes at `at` of an entry have an image, or lie if the object is new.
+    #[inline]
     fn existing(&self, work: &Work, number: u32, at: u64, len: usize) -> Option<NonNull<u8>> {
         let entry = &work.entries[number as usize];
         if entry.is_new() {
@@ -72,29 +73,36 @@ impl Transaction<'_> {
         if entry.borrows != 0 {
             return Err(borrowed());
         }
-        let (offset, whole) = (entry.offset, at == 0 && len as u64 == opened.size);
-        if let Some(Whole { image, .. }) = &mut work.entries[opened.entry as usize].whole {
-            // It may have been cut by `forget_parts`.
-            image.words = image.words.max((at as usize + len) / 8);
-        }
-        let place = match self.existing(&work, opened.entry, at, len) {
-            Some(place) => place,
-            None if whole => self.make_whole(&mut work, opened).copy.cast(),
-            None => {
-                let image = self.copy_in(&mut work.arena, offset + at, len / 8);
-                work.add_part(opened.entry, image);
-                image.copy.cast()
-            }
-        };
+        let (offset, known) = (entry.offset, entry.has_images || entry.is_new());
         work.entries[opened.entry as usize].borrows = -1;
-        Ok(place)
+        if known {
+            if let Some(Whole { image, .. }) = &mut work.entries[opened.entry as usize].whole {
+                // It may have been cut by `forget_parts`.
+                image.words = image.words.max((at as usize + len) / 8);
+            }
+            if let Some(place) = self.existing(&work, opened.entry, at, len) {
+                return Ok(place);
+            }
+        }
+        if at == 0 && len as u64 == opened.size {
+            return Ok(self.make_whole(&mut work, opened).copy.cast());
+        }
+        let image = self.copy_in(&mut work.arena, offset + at, len / 8);
+        work.add_part(opened.entry, image);
+        Ok(image.copy.cast())
     }
 
     /// An image of words of the file.
+    #[inline]
     fn copy_in(&self, arena: &mut Arena, at: u64, words: usize) -> Image {
-        // Aligned as the place is, up to a page: whatever may lie there may lie in the image.
-        let align = 1usize << at.trailing_zeros().min(12);
-        let copy = arena.take(words * 8, align.min(words.next_power_of_two() * 8)).cast::<u64>();
+        // Aligned as the place is, up to a page, and no more than its size asks for: whatever may lie there may lie
+        // in the image.
+        let align = if words <= 8 {
+            64
+        } else {
+            (1usize << at.trailing_zeros().min(12)).min(words.next_power_of_two() * 8)
+        };
+        let copy = arena.take(words * 8, align).cast::<u64>();
         // SAFETY: the arena gave that many words, aligned to 8.
         unsafe { self.pool.media.copy_words(at, copy, words) };
         Image { at, words, copy }
@@ -102,7 +110,9 @@ impl Transaction<'_> {
 
     #[cold]
     fn make_whole(&self, work: &mut Work, opened: Opened) -> Image {
-        let offset = work.entries[opened.entry as usize].offset;
+        let entry = &mut work.entries[opened.entry as usize];
+        entry.has_images = true;
+        let offset = entry.offset;
         let image = self.copy_in(&mut work.arena, offset, opened.size as usize / 8);
         for (_, part) in work.parts.iter().filter(|(entry, _)| *entry == opened.entry) {
             let inside = (part.at - offset) as usize / 8;
@@ -110,8 +120,8 @@ impl Transaction<'_> {
             unsafe { image.copy.add(inside).copy_from_nonoverlapping(part.copy, part.words) };
         }
         // What was appended in place may change in the image: then the record writes it, and does not check it.
-        let appended = work.appended.iter().position(|known| known.0 == opened.entry);
-        let all_from = appended.map_or(u64::MAX, |known| work.appended.swap_remove(known).1);
+        let appended = work.rare().appended.iter().position(|known| known.0 == opened.entry);
+        let all_from = appended.map_or(u64::MAX, |known| work.rare_mut().appended.swap_remove(known).1);
         work.entries[opened.entry as usize].whole = Some(Whole { image, all_from });
         image
     }
@@ -126,7 +136,7 @@ impl Transaction<'_> {
             }
         }
         // The next transaction may write there in place, so the record must not depend on it either.
-        for (_, from, len) in work.appended.iter_mut().filter(|known| known.0 == opened.entry) {
+        for (_, from, len) in work.rare_mut().appended.iter_mut().filter(|known| known.0 == opened.entry) {
             *len = (*len).min(at.saturating_sub(*from));
         }
         if let Some(Whole { image, .. }) = &mut work.entries[opened.entry as usize].whole {
@@ -145,7 +155,7 @@ impl Transaction<'_> {
             let (offset, size, fresh) = (entry.offset, entry.size, entry.is_new());
             if fresh {
                 self.pool.media.touched(offset, size as usize);
-            } else if let Some(&(_, at, len)) = work.appended.iter().find(|known| known.0 == number) {
+            } else if let Some(&(_, at, len)) = work.rare().appended.iter().find(|known| known.0 == number) {
                 self.pool.media.touched(offset + at, len as usize);
             }
         } else {
@@ -164,13 +174,13 @@ impl Transaction<'_> {
     /// The place of bytes of the object that nothing reaches yet, borrowed to be written.
     pub(crate) fn place_mut(&self, opened: Opened, at: u64, len: usize) -> Result<NonNull<u8>> {
         let mut work = self.work.borrow_mut();
-        let Work { entries, appended, .. } = &mut **work;
-        let entry = &mut entries[opened.entry as usize];
+        let entry = &mut work.entries[opened.entry as usize];
         if entry.borrows != 0 {
             return Err(borrowed());
         }
         entry.borrows = -1;
         if !entry.is_new() {
+            let appended = &mut work.rare_mut().appended;
             match appended.iter_mut().find(|known| known.0 == opened.entry) {
                 // One stretch an object: vectors grow at their end.
                 Some((_, from, bytes)) => {

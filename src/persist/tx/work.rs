@@ -8,7 +8,7 @@ use crate::persist::arena::Arena;
 use crate::persist::fold::FoldMap;
 use crate::persist::heap::Slot;
 use crate::persist::journal::Ops;
-use crate::persist::locks::TxId;
+use crate::persist::locks::{Locks, TxId};
 use crate::persist::table::{Mark, Object};
 
 /// What becomes of an object.
@@ -40,6 +40,8 @@ pub(super) struct Entry {
     pub(super) exclusive: bool,
     /// Of a new object: its run is not in the file yet.
     pub(super) new_run: bool,
+    /// There are, or were, images of it.
+    pub(super) has_images: bool,
     pub(super) whole: Option<Whole>,
 }
 
@@ -47,19 +49,43 @@ impl Entry {
     pub(super) fn existing(object: Object, mark: Mark, exclusive: bool) -> Self {
         let Object { offset, size, fingerprint } = object;
         let (state, new_run, borrows, used, whole) = (State::Live, false, 0, 0, None);
-        Self { offset, size, fingerprint, mark, used, borrows, state, exclusive, new_run, whole }
+        Self {
+            offset,
+            size,
+            fingerprint,
+            mark,
+            used,
+            borrows,
+            state,
+            exclusive,
+            new_run,
+            has_images: false,
+            whole,
+        }
     }
 
     pub(super) fn reserved(slot: &Slot, fingerprint: u64, used: u64) -> Self {
         let Slot { offset, size, mark, fresh: new_run, .. } = *slot;
         let (state, exclusive, borrows, whole) = (State::Reserved, true, 0, None);
-        Self { offset, size, fingerprint, mark, used, borrows, state, exclusive, new_run, whole }
+        Self {
+            offset,
+            size,
+            fingerprint,
+            mark,
+            used,
+            borrows,
+            state,
+            exclusive,
+            new_run,
+            has_images: false,
+            whole,
+        }
     }
 
     /// Whether the transaction made it.
     #[inline]
     pub(super) fn is_new(&self) -> bool {
-        matches!(self.state, State::Reserved | State::Published | State::Dropped)
+        !matches!(self.state, State::Live | State::Freed)
     }
 }
 
@@ -159,6 +185,16 @@ pub(crate) struct Work {
     entry_index: Index,
     pub(super) parts: Vec<(u32, Image)>,
     part_index: Index,
+    pub(super) rare: Rare,
+    pub(super) uses_rare: bool,
+    /// An object was reserved in a run that is not in the file yet.
+    pub(super) new_runs: bool,
+    pub(super) ops: Ops,
+}
+
+/// What few transactions have.
+#[derive(Debug, Default)]
+pub(super) struct Rare {
     /// Where existing objects were written in place, behind what they hold.
     pub(super) appended: Vec<(u32, u64, u64)>,
     /// Words outside objects: heads of lists.
@@ -166,7 +202,24 @@ pub(crate) struct Work {
     pub(super) head_locks: Vec<u64>,
     pub(super) types: Vec<u64>,
     pub(super) roots: Vec<(String, u64)>,
-    pub(super) ops: Ops,
+}
+
+impl Rare {
+    const NONE: Self = Self {
+        appended: Vec::new(),
+        heads: Vec::new(),
+        head_locks: Vec::new(),
+        types: Vec::new(),
+        roots: Vec::new(),
+    };
+
+    fn clear(&mut self) {
+        self.appended.clear();
+        self.heads.clear();
+        self.head_locks.clear();
+        self.types.clear();
+        self.roots.clear();
+    }
 }
 
 thread_local!(static SPARE: Cell<Option<Box<Work>>> = const { Cell::new(None) });
@@ -186,11 +239,11 @@ impl Work {
         self.entry_index.clear();
         self.parts.clear();
         self.part_index.clear();
-        self.appended.clear();
-        self.heads.clear();
-        self.head_locks.clear();
-        self.types.clear();
-        self.roots.clear();
+        if self.uses_rare {
+            self.rare.clear();
+            self.uses_rare = false;
+        }
+        self.new_runs = false;
         self.ops.clear();
         // A thread that is ending keeps nothing.
         let _ = SPARE.try_with(|spare| spare.set(Some(self)));
@@ -199,6 +252,17 @@ impl Work {
     #[inline]
     pub(super) fn id(&self) -> TxId {
         self.number.0
+    }
+
+    #[inline]
+    pub(super) fn rare(&self) -> &Rare {
+        static NONE: Rare = Rare::NONE;
+        if self.uses_rare { &self.rare } else { &NONE }
+    }
+
+    pub(super) fn rare_mut(&mut self) -> &mut Rare {
+        self.uses_rare = true;
+        &mut self.rare
     }
 
     #[inline]
@@ -220,15 +284,19 @@ impl Work {
 
     #[inline]
     pub(super) fn add_part(&mut self, entry: u32, image: Image) {
+        self.entries[entry as usize].has_images = true;
         self.parts.push((entry, image));
         self.part_index.added(self.parts.iter().map(|(_, part)| part.at));
     }
 
-    /// What the transaction has locked, and whether exclusively.
+    /// Gives up what the transaction has locked.
     #[inline]
-    pub(super) fn locked(&self) -> impl Iterator<Item = (u64, bool)> {
-        let entries = self.entries.iter().filter(|entry| !entry.is_new());
-        let entries = entries.map(|entry| (entry.offset, entry.exclusive));
-        entries.chain(self.head_locks.iter().map(|&head| (head, true)))
+    pub(super) fn unlock(&self, locks: &Locks) {
+        for entry in self.entries.iter().filter(|entry| !entry.is_new()) {
+            locks.release(self.id(), entry.offset, entry.exclusive);
+        }
+        for &head in &self.rare().head_locks {
+            locks.release(self.id(), head, true);
+        }
     }
 }
