@@ -182,6 +182,7 @@ def postgres(scratch):
 
 def compiled(source):
     """The program of a C file."""
+    os.makedirs(BUILT, exist_ok=True)
     binary = os.path.join(BUILT, os.path.basename(source)[:-2])
     if not os.path.exists(binary) or os.path.getmtime(binary) < os.path.getmtime(source):
         subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-o", binary, source, "-lpthread"], check=True)

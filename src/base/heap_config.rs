@@ -6,7 +6,8 @@
 pub enum Purge {
     /// Nearly at once: for programs whose memory others wait for. What comes back is faulted in anew.
     Eager,
-    /// A thread keeps idle memory up to half of what is live in it, and 2 MiB in any case.
+    /// A thread keeps idle memory up to half of what is live in it, and 2 MiB in any case (4 MiB shared out once there
+    /// are more than two threads, but at least 128 KiB each), and up to 14 MiB more if it needed again what it gave back.
     #[default]
     Balanced,
     /// Never by itself: for programs that own the machine.
@@ -19,7 +20,7 @@ pub enum Purge {
 pub enum HugeUse {
     /// None, even where the system's setting is to use them everywhere.
     Never,
-    /// Threads with more than 32 MiB, and blocks of 8 MiB and more: small programs stay small.
+    /// Threads with more than 16 MiB of live blocks, and blocks of 8 MiB and more: small programs stay small.
     #[default]
     WhenLarge,
     /// All, from the first kilobyte.

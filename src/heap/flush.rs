@@ -23,6 +23,7 @@ impl ThreadHeap {
         let pushed = unsafe { self.front.push(class, block) };
         debug_assert!(pushed);
         bump(&self.tally.flushes, 1);
+        self.sweep();
         self.purge_if_due();
     }
 

@@ -57,7 +57,7 @@ impl ThreadHeap {
             self.welcome(segment);
             return true;
         }
-        match hub.take_warm(hub.settings.huge_segment(self.segment_count.get())) {
+        match hub.take_warm(hub.settings.huge_segment(self.live.get())) {
             Some(segment) => {
                 self.own(segment);
                 true
@@ -96,7 +96,7 @@ impl ThreadHeap {
                 return Some((segment, first));
             }
         }
-        let segment = hub.take_segment(hub.settings.huge_segment(self.segment_count.get()))?;
+        let segment = hub.take_segment(hub.settings.huge_segment(self.live.get()))?;
         self.own(segment);
         Some((segment, segment.find_run(count, from)?))
     }

@@ -171,7 +171,7 @@ pub(crate) fn free(large: &Large) {
     let hub = large.hub();
     let (base, len) = (large.base.get(), large.len.get());
     // A quarter of the half of what is live, or what the configuration says instead.
-    let most = hub.settings.keep(hub.counters.large_live.load(Ordering::Relaxed)) / 4;
+    let most = hub.settings.keep_alone(hub.counters.large_live.load(Ordering::Relaxed)) / 4;
     let plain = hub.settings.guard_page() + hub.settings.seal() == 0;
     if !plain || len > most || large.block.get() - base > os::page_size() {
         drop_spare(hub, most);

@@ -53,6 +53,7 @@ mod soak;
 mod span;
 pub(crate) mod stats;
 mod stderr;
+mod sweep;
 #[cfg(all(test, not(loom)))]
 mod tests;
 mod thread;

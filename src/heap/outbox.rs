@@ -30,7 +30,7 @@ impl ThreadHeap {
     /// Posts the outbox of `class` to the owners of its blocks.
     #[cold]
     #[inline(never)]
-    fn post(&self, class: usize) {
+    pub(super) fn post(&self, class: usize) {
         let blocks = self.outgoing(class);
         let mut at = 0;
         while at < blocks.len() {

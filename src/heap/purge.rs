@@ -32,7 +32,8 @@ impl ThreadHeap {
             self.flush_all();
             self.set_shrinking(true);
         }
-        let keep = settings.keep(self.live.get()).saturating_add(self.hub().regret.extra());
+        let threads = self.hub().threads();
+        let keep = settings.keep(self.live.get(), self.hub().regret.extra(), threads);
         if self.pending.get() > keep {
             let scattered = if self.shrinking.get() { keep } else { settings.keep_scattered(keep) };
             self.purge_to(keep - keep / 4, scattered);
@@ -131,13 +132,8 @@ impl ThreadHeap {
         self.flush_all();
         self.collect_all();
         let hub = self.hub();
-        for bin in &self.bins {
-            // SAFETY: the current span is this heap's, or null.
-            if let Some(span) = unsafe { bin.current.get().as_ref() }
-                && span.free_count.get() == span.carved.get()
-            {
-                self.retire(self.segment_of_span(span), span);
-            }
+        for class in 0..class::COUNT {
+            self.retire_current(class);
         }
         while let Some(segment) = self.segments.front() {
             self.leave(segment);
@@ -158,7 +154,8 @@ impl ThreadHeap {
         for bin in &self.bins {
             bin.partial.clear();
             bin.current.set(ptr::null());
-            bin.batch.set(0);
+            bin.taken.set(0);
+            bin.seen.set((0, 0));
         }
         self.live.set(0);
         self.pending.set(0);

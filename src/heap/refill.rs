@@ -17,11 +17,12 @@ impl ThreadHeap {
     #[inline(never)]
     pub(crate) fn refill(&self, class: usize) -> *mut u8 {
         self.housekeeping();
+        self.sweep();
         let bin = &self.bins[class];
         let most = (self.capacity(class) / 2) as u32;
         let guard = self.guard();
-        let want = if guard.is_none() { bin.batch.get().clamp(most.min(4), most) } else { most };
-        bin.batch.set(want * 2);
+        let want = if guard.is_none() { (bin.taken.get() / 4).clamp(most.min(4), most) } else { most };
+        bin.taken.set(bin.taken.get().saturating_add(want));
         let bottom = self.bottom(class);
         debug_assert_eq!(self.top(class), bottom);
         let mut at = bottom;

@@ -34,7 +34,7 @@ pub(crate) struct Settings {
     scattered: AtomicUsize,
     regret: AtomicUsize,
     warm: AtomicUsize,
-    segments_before_huge: AtomicUsize,
+    live_before_huge: AtomicUsize,
     huge_large: AtomicUsize,
     parts: AtomicU32,
 }
@@ -48,9 +48,9 @@ impl Settings {
     const REGRET: usize = 14 << 20;
     /// Idle memory that unowned segments may hold: enough for a stream of short threads.
     const WARM: usize = 4 << 20;
-    /// A thread with this many segments gets further ones with huge pages: half of such a page, which it may
+    /// A thread with this many live bytes gets further segments with huge pages: half of such a page, which it may
     /// never need, is then little beside what it has.
-    const SEGMENTS_BEFORE_HUGE: usize = 4;
+    const LIVE_BEFORE_HUGE: usize = 16 << 20;
     /// Mappings of this size ask for huge pages.
     const HUGE_LARGE: usize = 8 << 20;
 
@@ -61,7 +61,7 @@ impl Settings {
             scattered: AtomicUsize::new(Self::SCATTERED),
             regret: AtomicUsize::new(Self::REGRET),
             warm: AtomicUsize::new(Self::WARM),
-            segments_before_huge: AtomicUsize::new(Self::SEGMENTS_BEFORE_HUGE),
+            live_before_huge: AtomicUsize::new(Self::LIVE_BEFORE_HUGE),
             huge_large: AtomicUsize::new(Self::HUGE_LARGE),
             parts: AtomicU32::new(0),
         }
@@ -73,9 +73,9 @@ impl Settings {
             Purge::Balanced => (Self::KEEP_LEAST, 2, Self::SCATTERED, Self::REGRET, Self::WARM),
             Purge::Never => (usize::MAX, 1, usize::MAX, 0, usize::MAX),
         };
-        let (segments, large) = match config.huge_pages {
+        let (live, large) = match config.huge_pages {
             HugeUse::Never => (usize::MAX, usize::MAX),
-            HugeUse::WhenLarge => (Self::SEGMENTS_BEFORE_HUGE, Self::HUGE_LARGE),
+            HugeUse::WhenLarge => (Self::LIVE_BEFORE_HUGE, Self::HUGE_LARGE),
             HugeUse::Always => (0, 0),
         };
         self.keep_least.store(least, Ordering::Relaxed);
@@ -83,7 +83,7 @@ impl Settings {
         self.scattered.store(scattered, Ordering::Relaxed);
         self.regret.store(regret, Ordering::Relaxed);
         self.warm.store(warm, Ordering::Relaxed);
-        self.segments_before_huge.store(segments, Ordering::Relaxed);
+        self.live_before_huge.store(live, Ordering::Relaxed);
         self.huge_large.store(large, Ordering::Relaxed);
         let hardened = config.hardened;
         let parts = [
@@ -115,9 +115,15 @@ impl Settings {
         if self.has(Part::GuardPages) { os::page_size() } else { 0 }
     }
 
-    /// Idle memory that a thread with `live` bytes keeps.
-    pub(super) fn keep(&self, live: usize) -> usize {
+    /// Idle memory that is kept beside `live` bytes, where there is nobody else.
+    pub(super) fn keep_alone(&self, live: usize) -> usize {
         self.keep_least.load(Ordering::Relaxed).max(live / self.keep_part.load(Ordering::Relaxed))
+    }
+
+    /// Idle memory that one of `threads` keeps beside `live` bytes, where `extra` bytes proved worth keeping.
+    pub(super) fn keep(&self, live: usize, extra: usize, threads: usize) -> usize {
+        let least = self.keep_least.load(Ordering::Relaxed);
+        share(least, threads).max(live / self.keep_part.load(Ordering::Relaxed)).saturating_add(extra)
     }
 
     /// And up to which pages within spans stay, where `keep` bytes of whole slices do.
@@ -148,9 +154,9 @@ impl Settings {
         }
     }
 
-    /// Whether a thread with so many segments gets its next with huge pages.
-    pub(super) fn huge_segment(&self, owned: usize) -> bool {
-        owned >= self.segments_before_huge.load(Ordering::Relaxed)
+    /// Whether a thread with so many live bytes gets its next segment with huge pages.
+    pub(super) fn huge_segment(&self, live: usize) -> bool {
+        live >= self.live_before_huge.load(Ordering::Relaxed)
     }
 
     /// Whether a mapping of `len` bytes asks for huge pages; `None` leaves that to the system.
@@ -160,6 +166,13 @@ impl Settings {
             least => (len >= least).then_some(true),
         }
     }
+}
+
+/// What one of `threads` may keep of `bytes`: all of it if they are few; many have no more than a few would.
+fn share(bytes: usize, threads: usize) -> usize {
+    const FEW: usize = 2;
+    const LEAST: usize = 128 << 10;
+    if threads <= FEW || bytes == usize::MAX { bytes } else { (bytes / threads * FEW).max(LEAST.min(bytes)) }
 }
 
 const FRESH: u32 = 0;

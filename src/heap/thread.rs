@@ -128,8 +128,10 @@ impl Front {
 pub(crate) struct Bin {
     pub(super) current: Cell<*const Span>,
     pub(super) partial: List<PartialSpans>,
-    /// Blocks that the next refill asks for: doubles with each, so that what is seldom used stays small.
-    pub(super) batch: Cell<u32>,
+    /// Blocks that refills took in all: each asks for a quarter of that, so that what is seldom used stays small.
+    pub(super) taken: Cell<u32>,
+    /// Blocks in the cache and in the outbox when the class was last looked at: see `sweep`.
+    pub(super) seen: Cell<(u16, u16)>,
 }
 
 /// What a heap counts on its slow paths. Written by its thread only.
@@ -196,6 +198,8 @@ pub(crate) struct ThreadHeap {
     /// Whether the heap was large and only shrank since: see `set_shrinking`.
     pub(super) shrinking: Cell<bool>,
     pub(super) refills_left: Cell<u32>,
+    /// The class that is looked at next: see `sweep`.
+    pub(super) swept: Cell<usize>,
     pub(super) trims_seen: Cell<u32>,
     /// Set while a request must be served from what is there.
     pub(super) frugal: Cell<bool>,
