@@ -9,8 +9,9 @@ use std::hint::black_box;
 use std::process::Command;
 
 use memory_pool::{
-    AnyPool, CpuPool, DebugLayer, FixedPool, LocalFixedPool, LocalVariablePool, LockFreeFixedPool,
-    MemoryPool, OnFinding, PoolConfig, Result, SyncType, VariablePool,
+    AnyPool, CpuPool, DebugLayer, DevicePool, FixedPool, GpuDevice, LocalFixedPool, LocalVariablePool,
+    LockFreeFixedPool, MemoryPool, OnFinding, PinnedPool, PoolConfig, Result, SimConfig, SyncType,
+    VariablePool,
 };
 
 type Memory = memory_pool::pool::HostMemory;
@@ -103,6 +104,32 @@ fn work(pool: &str, how: &str, size: usize, count: usize) -> Result<()> {
         ("AnyPool, fixed", "debug") => pairs!(AnyPool::new(debug(fixed()))?, layout, count),
         ("AnyPool, size class", "itself" | "off") => pairs!(AnyPool::new(classes())?, layout, count),
         ("AnyPool, size class", "dyn") => dynamic(AnyPool::new(classes())?, layout, count),
+        ("DevicePool" | "PinnedPool", _) => return on_device(pool, how, size, count),
+        _ => panic!("no such workload: {pool}, {how}"),
+    }
+    Ok(())
+}
+
+/// Pairs on the simulated device, which a cache of the pool serves: typed buffers, or addresses.
+fn on_device(pool: &str, how: &str, size: usize, count: usize) -> Result<()> {
+    let gpu = GpuDevice::simulated(SimConfig::default().detector(false));
+    let stream = gpu.new_stream()?;
+    let device = DevicePool::new(&gpu, PoolConfig::default_gpu())?;
+    let pinned = PinnedPool::new(&gpu, PoolConfig::default_gpu())?;
+    match (pool, how) {
+        ("DevicePool", "typed") => {
+            (0..count).for_each(|_| drop(black_box(device.alloc_uninit::<u8>(black_box(size), &stream))));
+        }
+        ("DevicePool", "raw") => (0..count).for_each(|_| {
+            let block = device.allocate_async(black_box(size), &stream).unwrap();
+            // SAFETY: live, never used, freed once.
+            unsafe { device.deallocate_async(black_box(block), &stream) };
+        }),
+        // Filled with zeros, as typed memory of the host is.
+        ("PinnedPool", "typed") => {
+            (0..count).for_each(|_| drop(black_box(pinned.alloc::<u8>(black_box(size)))))
+        }
+        ("PinnedPool", "raw") => pairs!(pinned, Layout::from_size_align(size, 16)?, count),
         _ => panic!("no such workload: {pool}, {how}"),
     }
     Ok(())
@@ -175,6 +202,7 @@ fn main() -> Result<()> {
         &["itself", "dyn"],
     );
     let watched = ["LocalFixedPool", "FixedPool", "LocalVariablePool", "VariablePool", "CpuPool"];
+    table("gpu, cached pairs of 64 B", 64, &["DevicePool", "PinnedPool"], &["raw", "typed"]);
     for size in [64, 128, 1024] {
         table(&format!("debug, pairs of {size} B"), size, &watched, &["itself", "debug"]);
     }

@@ -1,10 +1,11 @@
 //! Times pairs of allocation and free that the pool serves from what it has, on a real card where there is one, else on
-//! the simulated device: blocks of one size, of another size each time, and those that another stream freed.
+//! the simulated device: blocks of one size, of another size each time, and those that another stream freed. Beside
+//! them the driver's own pair, what giving memory back to a busy card takes, and what the books take.
 
 use std::alloc::Layout;
 use std::time::Instant;
 
-use memory_pool::{DevicePool, GpuDevice, PinnedPool, PoolConfig, SimConfig, Stream};
+use memory_pool::{DevicePool, GpuDevice, ManagedPool, PinnedPool, PoolConfig, SimConfig, Stream};
 
 /// Nanoseconds a pair: the median of eleven runs.
 fn median(mut pair: impl FnMut()) -> f64 {
@@ -21,16 +22,16 @@ fn median(mut pair: impl FnMut()) -> f64 {
     runs[5]
 }
 
-fn main() -> memory_pool::Result<()> {
+fn main() -> Result<(), Box<dyn std::error::Error>> {
     let gpu = GpuDevice::open(0).unwrap_or_else(|error| {
         eprintln!("no card ({error}); this is the simulated device");
-        GpuDevice::simulated(SimConfig::default())
+        GpuDevice::simulated(SimConfig::default().detector(false))
     });
     let stream = gpu.new_stream()?;
     let pool = DevicePool::new(&gpu, PoolConfig::default_gpu())?;
     let pinned = PinnedPool::new(&gpu, PoolConfig::default_gpu())?;
     println!("{}: nanoseconds a pair", gpu.name());
-    println!("{:>10} {:>10} {:>10} {:>10}", "bytes", "buffer", "raw", "pinned");
+    println!("{:>10} {:>10} {:>10} {:>10} {:>14}", "bytes", "buffer", "raw", "pinned", "pinned buffer");
     for bytes in [512, 4 << 10, 64 << 10, 1 << 20, 16 << 20, 256 << 20] {
         let buffer = median(|| drop(pool.alloc_uninit::<u8>(bytes, &stream)));
         let raw = median(|| {
@@ -46,9 +47,21 @@ fn main() -> memory_pool::Result<()> {
                 unsafe { pinned.deallocate(block.cast()) };
             }
         });
-        println!("{bytes:>10} {buffer:>10.1} {raw:>10.1} {host:>10.1}");
+        // A typed buffer is filled with zeros, so a small one shows what it costs beside that.
+        let typed = (bytes <= 4 << 10).then(|| median(|| drop(pinned.alloc::<u8>(bytes))));
+        let typed = typed.map_or("-".into(), |ns| format!("{ns:.1}"));
+        println!("{bytes:>10} {buffer:>10.1} {raw:>10.1} {host:>10.1} {typed:>14}");
     }
+    if let Ok(managed) = ManagedPool::new(&gpu, PoolConfig::default_gpu()) {
+        println!("a managed buffer of 64 bytes: {:.1} ns", median(|| drop(managed.alloc::<u8>(64))));
+    }
+    drivers_own(&gpu, median(|| drop(pool.alloc_uninit::<u8>(1 << 20, &stream))))?;
     misses(&gpu, &pool)?;
+    books(&gpu)?;
+    if !gpu.is_simulated() {
+        // The simulated device would fill 4 GiB of the host's memory.
+        trim(&gpu)?;
+    }
     for threads in [2, 4, 8, 16] {
         const PAIRS: u32 = 200_000;
         let each = |pair: &(dyn Fn(&Stream) + Sync)| {
@@ -109,5 +122,78 @@ fn misses(gpu: &GpuDevice, pool: &DevicePool) -> memory_pool::Result<()> {
     let borrowed = unsafe { gpu.stream_from_raw(other.as_raw()) };
     let pair = median(|| drop(pool.alloc_uninit::<u8>(1 << 20, &borrowed)));
     println!("a borrowed stream, 1 MiB: {pair:.1} ns");
+    Ok(())
+}
+
+/// The driver's own pair of 1 MiB, which waits for the card, beside ours.
+fn drivers_own(gpu: &GpuDevice, ours: f64) -> Result<(), Box<dyn std::error::Error>> {
+    #[cfg(feature = "cuda")]
+    if !gpu.is_simulated() {
+        use cudarc::driver::{CudaContext, result};
+        let context = CudaContext::new(gpu.ordinal())?;
+        context.bind_to_thread()?;
+        let mut runs: Vec<f64> = (0..11)
+            .map_while(|_| {
+                let start = Instant::now();
+                for _ in 0..100 {
+                    // SAFETY: the context is current on this thread; the block is freed once.
+                    unsafe { result::malloc_sync(1 << 20).and_then(|block| result::free_sync(block)) }
+                        .ok()?;
+                }
+                Some(start.elapsed().as_nanos() as f64 / 100.0)
+            })
+            .collect();
+        runs.sort_by(f64::total_cmp);
+        if let Some(theirs) = runs.get(5) {
+            let times = theirs / ours;
+            println!(
+                "cuMemAlloc + cuMemFree, 1 MiB: {theirs:.0} ns, {times:.0} times the buffer's {ours:.1}"
+            );
+        }
+        return Ok(());
+    }
+    println!(
+        "cuMemAlloc + cuMemFree are a card's, not {}'s; the buffer's pair takes {ours:.1} ns",
+        gpu.name()
+    );
+    Ok(())
+}
+
+/// Host memory that the books take, with blocks of one size live in all of the pool.
+fn books(gpu: &GpuDevice) -> memory_pool::Result<()> {
+    for (bytes, total) in [(64 << 10, 1 << 30), (1 << 20, 4 << 30), (16 << 20, 16 << 30)] {
+        let stream = gpu.new_stream()?;
+        let pool = DevicePool::new(gpu, PoolConfig::default_gpu())?;
+        let live: memory_pool::Result<Vec<_>> =
+            (0..total / bytes).map(|_| pool.alloc_uninit::<u8>(bytes, &stream)).collect();
+        let (live, books, size) = (live?.len(), pool.metadata_size(), pool.pool_size());
+        let part = 100.0 * books as f64 / size as f64;
+        println!("{live} blocks of {bytes} bytes: the books take {books} bytes, {part:.4} % of the pool");
+    }
+    Ok(())
+}
+
+/// Giving back 1 GiB while the card works.
+fn trim(gpu: &GpuDevice) -> memory_pool::Result<()> {
+    let (stream, pool) = (gpu.new_stream()?, DevicePool::new(gpu, PoolConfig::default_gpu())?);
+    let other = DevicePool::new(gpu, PoolConfig::default_gpu())?;
+    let mut busy = other.alloc::<u8>(4 << 30, &stream)?;
+    let mut times = Vec::new();
+    for _ in 0..5 {
+        pool.reserve(1 << 30)?;
+        let start = Instant::now();
+        for _ in 0..20 {
+            busy.set_zero(&stream)?;
+        }
+        let issued = start.elapsed();
+        let given = pool.trim(0)?;
+        let trimmed = start.elapsed() - issued;
+        assert_eq!(given, 1 << 30);
+        stream.synchronize()?;
+        times.push((trimmed, start.elapsed()));
+    }
+    times.sort();
+    let (trimmed, work) = times[2];
+    println!("trim of 1 GiB: {trimmed:?}, while the card worked for {work:?}");
     Ok(())
 }

@@ -20,8 +20,8 @@ use crate::base::sync::Lock;
 /// A live block of a pool; freed on its home stream when dropped.
 pub(super) struct Block {
     pub(super) lease: Lease,
-    /// Set where the memory is not the pool's.
-    pub(super) foreign: Option<Foreign>,
+    /// Set where the memory is not the pool's; apart, since that is rare and buffers are moved about.
+    pub(super) foreign: Option<Box<Foreign>>,
 }
 
 /// Memory of somebody else's under a [`Block`].
@@ -56,7 +56,7 @@ impl Block {
         home: &Stream,
         foreign: Foreign,
     ) -> Self {
-        Self { lease: Lease::of_none(pool, start, bytes, Some(home)), foreign: Some(foreign) }
+        Self { lease: Lease::of_none(pool, start, bytes, Some(home)), foreign: Some(Box::new(foreign)) }
     }
 
     pub(super) fn pool(&self) -> &DevicePool {

@@ -262,8 +262,13 @@ impl Stream {
         std::mem::replace(&mut *self.0.session.lock(), session)
     }
 
+    /// Whether it takes a closer look to say that no capture is in progress.
+    #[inline(always)]
+    pub(super) fn may_be_captured(&self) -> bool {
+        self.0.capturing.load(Ordering::Relaxed) || self.is_foreign()
+    }
+
     /// The capture in progress on this stream, whoever began it.
-    #[inline]
     pub(super) fn capture_session(&self) -> Result<Option<Arc<Session>>> {
         match self.session() {
             None if self.is_foreign() => self.foreign_session(),

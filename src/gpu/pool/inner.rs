@@ -181,7 +181,10 @@ impl Inner {
     /// until after, since the last handle of a session goes through all pools.
     #[inline]
     pub(in crate::gpu) fn session(stream: Option<&Stream>) -> Result<Option<Arc<Session>>> {
-        stream.map_or(Ok(None), Stream::capture_session)
+        match stream {
+            Some(stream) if stream.may_be_captured() => stream.capture_session(),
+            _ => Ok(None),
+        }
     }
 
     fn lane(
