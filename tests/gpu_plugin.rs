@@ -5,9 +5,11 @@
 
 #![cfg(all(unix, feature = "cuda"))]
 
+mod children;
+
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::ptr::null_mut;
 use std::sync::{Once, OnceLock};
 use std::time::SystemTime;
@@ -108,7 +110,8 @@ fn library() -> PathBuf {
         if profile.ends_with("release") {
             build.arg("--release");
         }
-        assert!(build.status().unwrap().success());
+        let Output { status, stderr, .. } = children::output_of(&mut build).unwrap();
+        assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
     }
     path
 }
@@ -153,7 +156,7 @@ fn scene(name: &str, variables: &[(&str, &str)], play: fn()) {
     let mut child = Command::new(std::env::current_exe().unwrap());
     child.args([name, "--exact", "--nocapture", "--test-threads=1"]).env(SCENE, name);
     child.envs(variables.iter().copied());
-    let output = child.output().unwrap();
+    let output = children::output_of(&mut child).unwrap();
     let text =
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && text.contains("1 passed"), "scene {name}:\n{text}");

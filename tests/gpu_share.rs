@@ -1,8 +1,13 @@
 //! Device memory of one process in another: over simulated devices, and on the machine's card where there is one.
 
-use std::io::{Read, Write};
+mod children;
+
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::process::Command;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use children::Watch;
 
 use memory_pool::gpu::{SharedDeviceMemory, SharedExport};
 use memory_pool::{DevicePool, Error, GpuDevice, PoolConfig, SimConfig};
@@ -48,6 +53,24 @@ fn second_process(path: &str) {
     socket.write_all(b"over").unwrap();
 }
 
+/// The child's connection; a child that ends without one is a failure.
+fn accept(listener: &UnixListener, child: &mut Child) -> UnixStream {
+    listener.set_nonblocking(true).unwrap();
+    loop {
+        match listener.accept() {
+            Ok((socket, _)) => {
+                socket.set_nonblocking(false).unwrap();
+                return socket;
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                assert_eq!(child.try_wait().unwrap(), None, "it never called");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
 fn two_processes(gpu: &GpuDevice, card: bool) {
     let path = std::env::temp_dir().join(format!("memory-pool-share-{}-{card}", std::process::id()));
     let _ = std::fs::remove_file(&path);
@@ -58,7 +81,8 @@ fn two_processes(gpu: &GpuDevice, card: bool) {
         child.env(CARD, "1");
     }
     let mut child = child.spawn().unwrap();
-    let (mut socket, _) = listener.accept().unwrap();
+    let watch = Watch::over(&child);
+    let mut socket = accept(&listener, &mut child);
     std::fs::remove_file(&path).unwrap();
 
     let stream = gpu.new_stream().unwrap();
@@ -85,7 +109,9 @@ fn two_processes(gpu: &GpuDevice, card: bool) {
     socket.write_all(b"freed").unwrap();
     let mut word = [0; 4];
     socket.read_exact(&mut word).unwrap();
-    assert!(child.wait().unwrap().success());
+    let ended = child.wait().unwrap();
+    drop(watch);
+    assert!(ended.success());
 }
 
 #[test]
@@ -189,7 +215,8 @@ fn every_step_may_fail_and_nothing_is_lost() {
     if std::env::var_os(ALONE).is_none() {
         let mut child = Command::new(std::env::current_exe().unwrap());
         child.args(["every_step_may_fail_and_nothing_is_lost", "--exact", "--nocapture"]).env(ALONE, "1");
-        assert!(child.status().unwrap().success());
+        let output = children::output_of(&mut child).unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         return;
     }
     let (gpu, other) = (simulated(), simulated());

@@ -1,5 +1,6 @@
 //! The process heap inside a library that is loaded at run time, used by threads, and unloaded before they end.
 
+mod children;
 #[path = "programs/mod.rs"]
 mod programs;
 

@@ -3,6 +3,7 @@
 //! Tests that need a preloaded process start this very program again with the library in `LD_PRELOAD`.
 #![cfg(all(target_os = "linux", target_pointer_width = "64"))]
 
+mod children;
 #[path = "preload/conformance.rs"]
 mod conformance;
 #[path = "preload/programs.rs"]

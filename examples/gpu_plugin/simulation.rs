@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use memory_pool::gpu::{Capture, Simulation, Touch};
+use memory_pool::gpu::{Capture, SimMemory, Simulation, Touch};
 use memory_pool::{Graph, Stream};
 
 use crate::report::{Fault, guard};
@@ -61,6 +61,22 @@ pub unsafe extern "C" fn memory_pool_sim_stream_destroy(raw: *mut c_void) -> c_i
     })
 }
 
+/// Issues a kernel that says how many mistakes it found. Returns 0, or −1.
+fn kernel(
+    device: c_int,
+    raw: *mut c_void,
+    touches: &[Touch],
+    work: impl Fn(&SimMemory<'_>) -> usize + Send + Sync + 'static,
+) -> c_int {
+    guard("simulated kernel", -1, || {
+        let (_, simulation) = simulated(device)?;
+        simulation.launch(stream(raw)?, 1000, touches, move |memory| {
+            SURPRISES.fetch_add(work(memory) as i64, Ordering::Relaxed);
+        })?;
+        Ok(0)
+    })
+}
+
 /// Issues a kernel that fills a range with one byte. Returns 0, or −1.
 #[unsafe(no_mangle)]
 pub extern "C" fn memory_pool_sim_fill(
@@ -70,15 +86,9 @@ pub extern "C" fn memory_pool_sim_fill(
     bytes: usize,
     byte: u8,
 ) -> c_int {
-    guard("simulated kernel", -1, || {
-        let (_, simulation) = simulated(device)?;
-        let at = at as usize;
-        simulation.launch(stream(raw)?, 1000, &[Touch::write(at, bytes)], move |memory| {
-            if !memory.write(at, &vec![byte; bytes]) {
-                SURPRISES.fetch_add(1, Ordering::Relaxed);
-            }
-        })?;
-        Ok(0)
+    let at = at as usize;
+    kernel(device, raw, &[Touch::write(at, bytes)], move |memory| {
+        usize::from(!memory.write(at, &vec![byte; bytes]))
     })
 }
 
@@ -91,16 +101,11 @@ pub extern "C" fn memory_pool_sim_expect(
     bytes: usize,
     byte: u8,
 ) -> c_int {
-    guard("simulated kernel", -1, || {
-        let (_, simulation) = simulated(device)?;
-        let at = at as usize;
-        simulation.launch(stream(raw)?, 1000, &[Touch::read(at, bytes)], move |memory| {
-            let mut found = vec![!byte; bytes];
-            memory.read(at, &mut found);
-            let wrong = found.iter().filter(|&&found| found != byte).count();
-            SURPRISES.fetch_add(wrong as i64, Ordering::Relaxed);
-        })?;
-        Ok(0)
+    let at = at as usize;
+    kernel(device, raw, &[Touch::read(at, bytes)], move |memory| {
+        let mut found = vec![!byte; bytes];
+        memory.read(at, &mut found);
+        found.iter().filter(|&&found| found != byte).count()
     })
 }
 
@@ -116,17 +121,10 @@ pub unsafe extern "C" fn memory_pool_sim_copy(
     from: *mut c_void,
     bytes: usize,
 ) -> c_int {
-    guard("simulated copy", -1, || {
-        let (_, simulation) = simulated(device)?;
-        let (to, from) = (to as usize, from as usize);
-        let touches = [Touch::read(from, bytes), Touch::write(to, bytes)];
-        simulation.launch(stream(raw)?, 1000, &touches, move |memory| {
-            let mut through = vec![0; bytes];
-            if !memory.read(from, &mut through) || !memory.write(to, &through) {
-                SURPRISES.fetch_add(1, Ordering::Relaxed);
-            }
-        })?;
-        Ok(0)
+    let (to, from) = (to as usize, from as usize);
+    kernel(device, raw, &[Touch::read(from, bytes), Touch::write(to, bytes)], move |memory| {
+        let mut through = vec![0; bytes];
+        usize::from(!memory.read(from, &mut through) || !memory.write(to, &through))
     })
 }
 

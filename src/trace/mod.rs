@@ -14,6 +14,7 @@ mod records;
 mod rmm;
 mod torch;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::io::Read;
@@ -71,15 +72,37 @@ impl Trace {
 
     /// A trace from the contents of a file.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
-        const GZIP: [u8; 2] = [0x1F, 0x8B];
-        if bytes.starts_with(&GZIP) {
-            let mut plain = Vec::new();
-            flate2::read::MultiGzDecoder::new(bytes)
-                .read_to_end(&mut plain)
-                .map_err(|_| corrupt(plain.len(), "an intact gzip stream"))?;
-            return Self::parse_plain(&plain);
+        match unpacked(bytes) {
+            None => Self::parse_plain(bytes),
+            Some((plain, true)) => Self::parse_plain(&plain),
+            Some((plain, false)) => Err(corrupt(plain.len(), "an intact gzip stream")),
         }
-        Self::parse_plain(bytes)
+    }
+
+    /// Where in a file's contents an error of [`parse`](Self::parse) lies, in the words of the format: a line, a record
+    /// or an event, counted from 1. `None` for errors that are not about the contents.
+    ///
+    /// ```
+    /// use memory_pool::trace::Trace;
+    /// let log = b"Thread,Time,Action,Pointer,Size,Stream\n1,0,free,0x10,256,0x0\n";
+    /// let error = Trace::parse(log).unwrap_err();
+    /// assert_eq!(Trace::place(log, &error).as_deref(), Some("line 2"));
+    /// ```
+    pub fn place(bytes: &[u8], error: &Error) -> Option<String> {
+        let &Error::Corrupt { at, .. } = error else { return None };
+        let plain = match unpacked(bytes) {
+            None => Cow::Borrowed(bytes),
+            Some((plain, true)) => Cow::Owned(plain),
+            Some((_, false)) => return Some(format!("after {at} unpacked bytes")),
+        };
+        Some(if rmm::recognises(&plain) {
+            let before = plain.iter().take(at as usize);
+            format!("line {}", before.filter(|&&byte| byte == b'\n').count() + 1)
+        } else if torch::recognises(&plain) {
+            if at == 0 { "the snapshot".into() } else { format!("event {at}") }
+        } else {
+            format!("record {}", at / records::RECORD as u64 + 1)
+        })
     }
 
     fn parse_plain(bytes: &[u8]) -> Result<Self> {
@@ -177,6 +200,16 @@ impl<Block: Hash + Eq> Builder<Block> {
         }
         Ok(self.trace)
     }
+}
+
+/// What a gzip file holds, and whether that is all of it; `None` for files that are none.
+fn unpacked(bytes: &[u8]) -> Option<(Vec<u8>, bool)> {
+    const GZIP: [u8; 2] = [0x1F, 0x8B];
+    bytes.starts_with(&GZIP).then(|| {
+        let mut plain = Vec::new();
+        let whole = flate2::read::MultiGzDecoder::new(bytes).read_to_end(&mut plain).is_ok();
+        (plain, whole)
+    })
 }
 
 #[cold]

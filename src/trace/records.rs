@@ -11,7 +11,7 @@
 use super::{Builder, Trace, corrupt};
 use crate::base::error::Result;
 
-const RECORD: usize = 16;
+pub(super) const RECORD: usize = 16;
 
 pub(super) fn parse(bytes: &[u8]) -> Result<Trace> {
     let mut builder = Builder::<u32>::new();

@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use crate::children;
+
 /// The dynamic library of an example, as `cargo test` builds it, or built now where only one test was asked for.
 pub fn example_library(name: &str) -> PathBuf {
-    let output = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--profile", "test", "--message-format", "json", "--example", name])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .output()
-        .expect("cargo runs");
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["build", "--quiet", "--profile", "test", "--message-format", "json", "--example", name]);
+    let output = children::output_of(cargo.current_dir(env!("CARGO_MANIFEST_DIR"))).expect("cargo runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let messages = String::from_utf8_lossy(&output.stdout);
     let file = format!("lib{name}{}", std::env::consts::DLL_SUFFIX);

@@ -4,6 +4,7 @@ mod arguments;
 mod persistent;
 mod replay;
 
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use arguments::Arguments;
@@ -48,14 +49,8 @@ fn main() -> ExitCode {
     let mut arguments = Arguments::from_env();
     let name = arguments.next_word();
     let result = match name.as_deref() {
-        None | Some("help" | "--help" | "-h") => {
-            print!("{}", usage());
-            return ExitCode::SUCCESS;
-        }
-        Some("--version") => {
-            println!("memory-pool {}", env!("CARGO_PKG_VERSION"));
-            return ExitCode::SUCCESS;
-        }
+        None | Some("help" | "--help" | "-h") => say(&usage()),
+        Some("--version") => say(concat!("memory-pool ", env!("CARGO_PKG_VERSION"), "\n")),
         Some(name) => match COMMANDS.iter().find(|command| command.0 == name) {
             Some((.., run)) => run(arguments),
             None => Err(Failure::Usage(format!("no command `{name}`"))),
@@ -71,6 +66,17 @@ fn main() -> ExitCode {
             eprintln!("memory-pool: {what}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Writes to stdout; who closed it early, as `head` does, has read what was wanted.
+fn say(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Failure::Error(format!("output: {error}")))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -26,14 +26,27 @@ pub(crate) fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let driver = arguments.option("--driver")?;
     let memory = arguments.option("--memory")?;
     let path = arguments.only("TRACE")?;
-    let trace = Trace::open(&path).map_err(|error| Failure::Error(format!("{path}: {error}")))?;
-    let target: Box<dyn Target> = match gpu::Wish::parse(&pool, driver.as_deref(), memory.as_deref())? {
-        Some(wish) => gpu::target(wish, &trace)?,
+    let trace = read(&path)?;
+    let wish = gpu::Wish::parse(&pool, driver.as_deref(), memory.as_deref())?;
+    let named = |failure| match failure {
+        Failure::Error(what) => Failure::Error(format!("{path}: {what}")),
+        usage => usage,
+    };
+    let target: Box<dyn Target> = match wish {
+        Some(wish) => gpu::target(wish, &trace).map_err(named)?,
         None => host::target(&pool)?,
     };
-    let report = replay(&trace, &*target, pool)?;
-    print!("{}", if json { report.json() } else { report.table() });
-    Ok(())
+    let report = replay(&trace, &*target, pool).map_err(|what| Failure::Error(format!("{path}: {what}")))?;
+    crate::say(&if json { report.json() } else { report.table() })
+}
+
+/// The trace in a file; what is wrong with it names the file and the place in it.
+fn read(path: &str) -> Result<Trace, Failure> {
+    let bytes = std::fs::read(path).map_err(|error| Failure::Error(format!("{path}: {error}")))?;
+    Trace::parse(&bytes).map_err(|error| {
+        let place = Trace::place(&bytes, &error).map_or(String::new(), |place| place + ": ");
+        Failure::Error(format!("{path}: {place}{error}"))
+    })
 }
 
 /// What a trace is replayed on.
@@ -66,7 +79,7 @@ struct Held {
 }
 
 /// Replays the trace twice: on an empty pool, and on what that left.
-fn replay(trace: &Trace, target: &dyn Target, pool: String) -> Result<Report, Failure> {
+fn replay(trace: &Trace, target: &dyn Target, pool: String) -> Result<Report, String> {
     let mut curve = Vec::with_capacity(SAMPLES);
     let cold = round(trace, target, |live| curve.push(Sample { live, held: target.held() }))?;
     let peak_reserved = target.held().peak_reserved;
@@ -85,7 +98,7 @@ fn replay(trace: &Trace, target: &dyn Target, pool: String) -> Result<Report, Fa
 }
 
 /// One round, timed without the samples. What the trace leaves live is freed at the end, which does not count.
-fn round(trace: &Trace, target: &dyn Target, mut sample: impl FnMut(u64)) -> Result<Round, Failure> {
+fn round(trace: &Trace, target: &dyn Target, mut sample: impl FnMut(u64)) -> Result<Round, String> {
     const DEAD: usize = 0;
     let mut blocks = vec![(DEAD, 0); trace.allocations()];
     let calls = target.held().source_calls;
@@ -126,7 +139,7 @@ fn round(trace: &Trace, target: &dyn Target, mut sample: impl FnMut(u64)) -> Res
     target.settle();
     match failed {
         None => Ok(Round { time, source_calls, driver }),
-        Some(what) => Err(Failure::Error(what)),
+        Some(what) => Err(what),
     }
 }
 
