@@ -251,7 +251,7 @@ fn files_that_cannot_be_read_and_output_that_cannot_be_written() {
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        fs::set_permissions(&file.0, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(&file.0, fs::Permissions::from_mode(0o000)).unwrap();
         // Root reads it all the same.
         if File::open(&file.0).is_err() {
             let (status, said) = replay(&[file.path()]);
