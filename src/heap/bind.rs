@@ -16,10 +16,10 @@ use core::fmt::Write;
 use core::ptr;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use super::foreign::post_one;
 use super::fork;
 use super::hub::Hub;
 use super::large;
-use super::outbox::post_one;
 use super::registry;
 use super::segment::segment_of;
 use super::settings::{self, Part};
@@ -40,7 +40,7 @@ fn front() -> &'static Front {
 pub(crate) mod process {
     use super::*;
     use crate::heap::guard::{self, Guard};
-    use crate::heap::{self, begins_block, fault, segment_of_small};
+    use crate::heap::{self, begins_block, fault};
 
     pub(crate) static HUB: Hub = Hub::new(usize::MAX);
 
@@ -95,18 +95,11 @@ pub(crate) mod process {
     /// `block` is a live block of the process heap, of that class.
     #[inline(always)]
     pub(crate) unsafe fn free(class: usize, block: *mut u8) {
-        let front = front();
-        // SAFETY: in range. A hardened heap has no room, so that nothing is read at what may be no block.
-        if let Some(top) = unsafe { front.room(class) } {
-            // SAFETY: a live block has a segment.
-            let owner = unsafe { (*segment_of_small(block)).head.owner.load(Ordering::Relaxed) };
-            if ptr::eq(owner.cast(), front) {
-                // SAFETY: as above, and the block is this thread's.
-                unsafe { front.push_at(class, top, block) };
-                return;
-            }
+        // SAFETY: the front is this thread's, the class in range, and the block the caller's. A hardened heap has no
+        // room, so that nothing is believed of what may be no block.
+        if !unsafe { front().push(class, block) } {
+            free_slow(class, block);
         }
-        free_slow(class, block);
     }
 
     #[inline(never)]
@@ -123,11 +116,7 @@ pub(crate) mod process {
     fn free_uncached(class: usize, block: *mut u8) {
         match bound() {
             Some(heap) if heap.guard().is_some() => free_checked(block),
-            // SAFETY: the caller's contract.
-            Some(heap) if heap.is(unsafe { (*segment_of(block)).head.owner.load(Ordering::Relaxed) }) => {
-                heap.flush(class, block);
-            }
-            Some(heap) => heap.free_remote(class, block),
+            Some(heap) => heap.flush(class, block),
             None => free_late(block),
         }
     }
@@ -187,16 +176,9 @@ pub(crate) mod process {
         if registry::in_segment(block.addr().wrapping_sub(1), &HUB) {
             // SAFETY: the registry says that there is a segment.
             let segment = unsafe { &*segment_of(block) };
-            let (front, class) = (front(), segment.class_at(block));
-            let owner = segment.head.owner.load(Ordering::Relaxed);
-            if ptr::eq(owner.cast(), front) && class < SINGLE {
-                // SAFETY: the front of a thread that owns a segment is its heap; the block is the caller's, and of
-                // that class.
-                unsafe {
-                    if !front.push(class as usize, block) {
-                        (*owner).flush(class as usize, block);
-                    }
-                }
+            let class = segment.class_at(block);
+            // SAFETY: the block is the caller's, and of that class.
+            if class < SINGLE && unsafe { front().push(class as usize, block) } {
                 return;
             }
         }

@@ -94,12 +94,6 @@ pub(crate) const fn cache_capacity(class: usize) -> usize {
     }
 }
 
-/// Blocks of other threads that a thread gathers before it posts them.
-pub(crate) const fn outbox_capacity(class: usize) -> usize {
-    let half = cache_capacity(class) / 2;
-    if half > 32 { 32 } else { half }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

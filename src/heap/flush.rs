@@ -5,9 +5,10 @@ use core::sync::atomic::Ordering;
 
 use super::class;
 use super::fault;
-use super::segment::{SLICE, Segment, segment_of};
+use super::segment::{SLICE, Segment};
+use super::segment_of_small;
 use super::span::{Place, Span};
-use super::thread::{ThreadHeap, bump, lower};
+use super::thread::{Slot, ThreadHeap, bump, lower};
 
 impl ThreadHeap {
     /// The cache of `class` is full: gives its older half back to the spans, then takes `block`.
@@ -27,18 +28,19 @@ impl ThreadHeap {
         self.purge_if_due();
     }
 
+    /// Gives the oldest `count` blocks in the cache of `class` back to their spans.
     pub(super) fn flush_oldest(&self, class: usize, count: usize) {
         let blocks = self.cached(class);
         let count = count.min(blocks.len());
-        for slot in &blocks[..count] {
-            let block = slot.load(Ordering::Relaxed);
-            self.give_back(block);
+        let mut rest = &blocks[..count];
+        while let Some(first) = rest.first() {
+            // SAFETY: a block in a cache is live (invariant 3), so its segment is there.
+            let segment = unsafe { &*segment_of_small(first.load(Ordering::Relaxed)) };
+            let gone =
+                if self.claims(segment) { self.give_back(segment, rest) } else { self.post(segment, rest) };
+            rest = &rest[gone..];
         }
-        let bytes = count * class::size(class);
-        lower(&self.tally.out[class], count as u64);
-        self.live.set(self.live.get() - bytes);
-        self.pending.set(self.pending.get().wrapping_add(bytes));
-        // The rest moves down.
+        // The others move down.
         for at in count..blocks.len() {
             blocks[at - count].store(blocks[at].load(Ordering::Relaxed), Ordering::Relaxed);
         }
@@ -53,45 +55,39 @@ impl ThreadHeap {
         for class in 0..class::COUNT {
             self.flush_oldest(class, usize::MAX);
         }
-        self.post_all();
     }
 
-    /// Marks a block of this heap free in its span; the caller adjusts `live` and `pending`, which a span
-    /// that goes whole turns into idle slices.
-    #[inline(always)]
-    fn give_back(&self, block: *mut u8) {
-        // SAFETY: the block lies in a segment of this heap.
-        let segment = unsafe { &*segment_of(block) };
-        let span = segment.span_at(block);
-        if !span.give(span.index_of(block)) {
-            fault::double_free(block);
+    /// Marks those blocks at the start of `blocks` free that share a span of this heap with the first, which lies in
+    /// `segment`; returns how many.
+    pub(super) fn give_back(&self, segment: &Segment, blocks: &[Slot]) -> usize {
+        let Some(first) = blocks.first() else { return 0 };
+        let first = first.load(Ordering::Relaxed);
+        let span = segment.span_at(first);
+        let (count, all_live) = span.give(blocks);
+        if !all_live || count == 0 {
+            fault::double_free(first);
         }
-        if span.free_count.get() >= span.notify_at.get() {
-            self.notice(segment, span);
-        }
-    }
-
-    pub(super) fn give_back_counted(&self, block: *mut u8) {
-        // SAFETY: the block is live, so its segment is there.
-        let span = unsafe { (*segment_of(block)).span_at(block) };
-        self.count_back(span, 1);
-        let bytes = span.size.get() as usize;
-        self.live.set(self.live.get() - bytes);
-        self.pending.set(self.pending.get() + bytes);
-        self.give_back(block);
+        self.count_back(segment, span, count);
+        count
     }
 
     /// Counts blocks that are back in their span.
-    pub(super) fn count_back(&self, span: &Span, blocks: usize) {
+    pub(super) fn count_back(&self, segment: &Segment, span: &Span, count: usize) {
         if !span.is_single() {
-            lower(&self.tally.out[span.class.get() as usize], blocks as u64);
+            lower(&self.tally.out[span.class.get() as usize], count as u64);
+        }
+        let bytes = count * span.size.get() as usize;
+        self.live.set(self.live.get() - bytes);
+        self.pending.set(self.pending.get() + bytes);
+        if span.free_count.get() >= span.notify_at.get() {
+            self.notice(segment, span);
         }
     }
 
     /// A span reached the count of free blocks it was told to report.
     #[cold]
     #[inline(never)]
-    pub(super) fn notice(&self, segment: &Segment, span: &Span) {
+    fn notice(&self, segment: &Segment, span: &Span) {
         if span.place.get() == Place::Full {
             if span.is_single() {
                 self.retire(segment, span);
@@ -121,12 +117,12 @@ impl ThreadHeap {
         if span.queued.replace(false) {
             self.queue.remove(span);
         }
-        // What the frees of this span added, or still will add, to `pending`.
+        // What the frees of this span added to `pending`.
         let unsettled = span.unsettled();
         lower(&self.tally.committed, span.held());
         self.hub().refund(span.committed.get() as usize);
         let slices = segment.unmake_span(span).count_ones() as usize;
-        self.pending.set(self.pending.get().wrapping_add(slices * SLICE).wrapping_sub(unsettled));
+        self.pending.set(self.pending.get() + slices * SLICE - unsettled);
         self.relist(segment);
     }
 }

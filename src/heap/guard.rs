@@ -1,8 +1,8 @@
 //! The hardened heap: every allocation and free of its threads comes through here.
 //!
 //! The caches of a hardened heap have no room as far as the fast paths can see, so each call ends on a slow path, and
-//! the paths of other heaps hold nothing that serves this one. Below, blocks take the same ways: caches, spans,
-//! outboxes. What is different:
+//! the paths of other heaps hold nothing that serves this one. Below, blocks take the same ways: caches and spans.
+//! What is different:
 //!
 //! 1. A block is larger than its request by a word at least, and ends in that word: the *live* word of the block while
 //!    a program holds it, its *free* word from the free to the next allocation (`seal`).
@@ -10,7 +10,7 @@
 //!    filling may have become zero, when pages were given back.
 //! 3. A free is believed if the registry knows the address as a block's of this hub, a block can begin there, and the
 //!    live word is in place.
-//! 4. A freed block of the thread's own waits in a ring of its class until as many more were freed; the place of a
+//! 4. A freed block waits in a ring of its class until as many more were freed; the place of a
 //!    large block stays inaccessible until as many more were.
 //!
 //! `fence` has the pages between spans that cannot be accessed.
@@ -334,9 +334,6 @@ impl ThreadHeap {
         }
         let size = span.size.get() as usize;
         guard.seal_free(block, size, expect_live(block, size), plain);
-        if !self.is(segment.head.owner.load(Ordering::Relaxed)) {
-            return self.free_remote(class as usize, block);
-        }
         let Some(lane) = guard.lanes.get(class as usize) else { return };
         let block = guard.delay(lane, block);
         if !block.is_null() {

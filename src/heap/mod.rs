@@ -9,11 +9,11 @@
 //! | segment | 4 MiB with one owner |
 //! | heap | what one thread owns: segments, stacks of free blocks (`thread`, `holdings`, `purge`) |
 //! | hub | what the threads of one pool share (`hub`, `budget`), and segments without owner (`unowned`) |
-//! | cache, outbox | a thread's stacks of own free blocks, and of other threads' blocks |
+//! | cache | a thread's stack of free blocks of a class |
 //! | large | a block with a mapping of its own (`large`) |
 //!
 //! The way of a block: *carved* from its span, popped from a cache by `alloc` (`refill`), pushed by `free`; in
-//! batches back to the bitmap of its span by its owner (`flush`), or to a second one by others (`outbox`, `remote`).
+//! batches back to the bitmap of its span by its owner (`flush`), or to a second one by others (`foreign`, `remote`).
 //! The fast paths touch the stacks and nothing else, hold no lock and have no locked instruction.
 //!
 //! Who may touch what: a thread its own heap and the cells of its segments; any thread the atomics of a
@@ -28,6 +28,7 @@ mod class;
 mod fault;
 mod fence;
 mod flush;
+mod foreign;
 mod fork;
 mod guard;
 mod holdings;
@@ -37,7 +38,6 @@ mod list;
 mod lock;
 #[cfg(all(test, loom))]
 mod loom_models;
-mod outbox;
 mod purge;
 mod refill;
 mod registry;
@@ -67,13 +67,12 @@ pub(crate) use thread::ThreadHeap;
 
 use core::alloc::Layout;
 use core::ptr::{self, NonNull};
-use core::sync::atomic::Ordering;
 
 use crate::base::host::Resized;
 use large::Large;
 use segment::{SEGMENT, SLICE, Segment, segment_of};
 use settings::Part;
-use span::{NO_CLASS, SINGLE};
+use span::SINGLE;
 
 /// Largest block that shares a segment with others.
 const SINGLE_MAX: usize = 1 << 20;
@@ -99,15 +98,9 @@ impl ThreadHeap {
     /// `block` is a live block of that class of this heap's hub.
     #[inline(always)]
     pub(crate) unsafe fn free(&self, class: usize, block: *mut u8) {
-        // SAFETY: a live block has a segment.
-        let owner = unsafe { (*segment_of_small(block)).head.owner.load(Ordering::Relaxed) };
-        if self.is(owner) {
-            // SAFETY: as above, and the block is this heap's.
-            if !unsafe { self.front.push(class, block) } {
-                self.flush(class, block);
-            }
-        } else {
-            self.free_remote(class, block);
+        // SAFETY: the heap is the calling thread's, the class in range, and the block the caller's.
+        if !unsafe { self.front.push(class, block) } {
+            self.flush(class, block);
         }
     }
 
@@ -175,14 +168,11 @@ impl ThreadHeap {
     pub(crate) unsafe fn free_unsized(&self, block: *mut u8) {
         // SAFETY: a live block has books before it.
         let segment = unsafe { &*segment_of(block) };
-        if self.is(segment.head.owner.load(Ordering::Relaxed)) {
+        if !segment.head.large.get() {
             let class = segment.class_at(block);
             if class < SINGLE {
-                // SAFETY: the owner checked, and the class is that of the block.
-                if !unsafe { self.front.push(class as usize, block) } {
-                    self.flush(class as usize, block);
-                }
-                return;
+                // SAFETY: the block is the caller's and of that class.
+                return unsafe { self.free(class as usize, block) };
             }
         }
         self.free_unsized_slow(segment, block);
@@ -201,9 +191,8 @@ impl ThreadHeap {
             return large::free(large);
         }
         match segment.class_at(block) {
-            NO_CLASS => fault::invalid_free(block),
             SINGLE => self.free_single(segment, block),
-            class => self.free_remote(class as usize, block),
+            _ => fault::invalid_free(block),
         }
     }
 }

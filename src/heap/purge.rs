@@ -155,7 +155,7 @@ impl ThreadHeap {
             bin.partial.clear();
             bin.current.set(ptr::null());
             bin.taken.set(0);
-            bin.seen.set((0, 0));
+            bin.seen.set(0);
         }
         self.live.set(0);
         self.pending.set(0);

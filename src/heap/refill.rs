@@ -5,11 +5,28 @@ use core::sync::atomic::Ordering;
 
 use super::segment::{HEADER, SLICE};
 use super::span::{Place, Span};
-use super::thread::{ThreadHeap, bump};
+use super::thread::{Slot, ThreadHeap, bump};
 use crate::source::os;
 
-/// Refills after which the outboxes are posted, however little is in them.
-const OUTBOX_AGE: u32 = 64;
+/// Refills after which mail is looked for unasked, and a heap that shrank counts as one that does not.
+const AGE: u32 = 64;
+
+/// Slots of an empty cache while they are filled, the last one first: what comes first is popped first.
+struct Filling<'a> {
+    slots: &'a [Slot],
+    /// How many are still empty.
+    left: usize,
+}
+
+impl Filling<'_> {
+    #[inline(always)]
+    fn put(&mut self, block: *mut u8) {
+        if let Some(slot) = self.slots.get(self.left.wrapping_sub(1)) {
+            slot.store(block, Ordering::Relaxed);
+            self.left -= 1;
+        }
+    }
+}
 
 impl ThreadHeap {
     /// Fills the empty cache of `class` and returns one block; null when there is no memory.
@@ -23,32 +40,23 @@ impl ThreadHeap {
         let guard = self.guard();
         let want = if guard.is_none() { (bin.taken.get() / 4).clamp(most.min(4), most) } else { most };
         bin.taken.set(bin.taken.get().saturating_add(want));
-        let bottom = self.bottom(class);
-        debug_assert_eq!(self.top(class), bottom);
-        let mut at = bottom;
-        let gathered = self.gather(class, want as usize, &mut |block| {
-            // SAFETY: at most `want` blocks, which the stack has room for.
-            unsafe {
-                (*at).store(block, Ordering::Relaxed);
-                at = at.add(1);
-            }
-        });
+        debug_assert_eq!(self.cached_count(class), 0);
+        let slots = self.slots(class, want as usize);
+        let mut filling = Filling { slots, left: slots.len() };
+        self.gather(class, &mut filling);
+        let (left, gathered) = (filling.left, slots.len() - filling.left);
         if gathered == 0 {
             return ptr::null_mut();
         }
-        // Lowest addresses are popped first.
-        // SAFETY: the slots just written.
-        let slots = unsafe { core::slice::from_raw_parts(bottom, gathered) };
-        for low in 0..gathered / 2 {
-            let high = gathered - 1 - low;
-            let (a, b) = (slots[low].load(Ordering::Relaxed), slots[high].load(Ordering::Relaxed));
-            slots[low].store(b, Ordering::Relaxed);
-            slots[high].store(a, Ordering::Relaxed);
+        if left > 0 {
+            for at in 0..gathered {
+                slots[at].store(slots[left + at].load(Ordering::Relaxed), Ordering::Relaxed);
+            }
         }
         if let Some(guard) = guard {
-            guard.shuffle(slots);
+            guard.shuffle(&slots[..gathered]);
         }
-        self.set_top(class, bottom.wrapping_add(gathered - 1));
+        self.set_top(class, self.bottom(class).wrapping_add(gathered - 1));
         self.high_water.set(self.high_water.get().max(self.live.get()));
         bump(&self.tally.refills, 1);
         slots[gathered - 1].load(Ordering::Relaxed)
@@ -63,8 +71,8 @@ impl ThreadHeap {
         }
         match self.refills_left.get() {
             0 => {
-                self.refills_left.set(OUTBOX_AGE);
-                self.post_all();
+                self.refills_left.set(AGE);
+                self.look_everywhere();
                 if self.shrinking.get() {
                     self.set_shrinking(false);
                 }
@@ -73,70 +81,58 @@ impl ThreadHeap {
         }
     }
 
-    /// Takes up to `want` blocks of `class` out of spans, at least one unless memory is short.
-    fn gather(&self, class: usize, want: usize, sink: &mut dyn FnMut(*mut u8)) -> usize {
-        let mut taken = self.take_free(class, want, sink);
-        if taken > 0 {
-            return taken;
-        }
-        if self.collect_some() {
-            taken = self.take_free(class, want, sink);
-            if taken > 0 {
-                return taken;
-            }
+    /// Takes blocks of `class` out of spans, at least one unless memory is short.
+    fn gather(&self, class: usize, filling: &mut Filling<'_>) {
+        if self.take_free(class, filling) || (self.collect_some() && self.take_free(class, filling)) {
+            return;
         }
         // SAFETY: the current span is this heap's, or null.
         let current = unsafe { self.bins[class].current.get().as_ref() };
-        if let Some(span) = current {
-            taken = self.carve(span, want, sink);
-            if taken > 0 {
-                return taken;
-            }
+        if current.is_some_and(|span| self.carve(span, filling)) {
+            return;
         }
         // Memory that is there before memory that must be had from the system.
         let mut span = self.idle_span(class);
         if span.is_none() && self.reuse() {
-            taken = self.take_free(class, want, sink);
-            if taken > 0 {
-                return taken;
+            if self.take_free(class, filling) {
+                return;
             }
             span = self.idle_span(class);
         }
         if let Some(span) = span.or_else(|| self.new_span(class)) {
             self.replace_current(class, span);
-            taken = self.carve(span, want, sink);
+            if self.carve(span, filling) {
+                return;
+            }
         }
-        if taken == 0 {
-            // A last effort: what is idle elsewhere may bring us below the limit.
-            self.flush_all();
-            self.collect_all();
-            self.purge(0);
-            taken = self.take_free(class, want, sink);
-        }
-        taken
+        // A last effort: what is idle elsewhere may bring us below the limit.
+        self.flush_all();
+        self.collect_all();
+        self.purge(0);
+        self.take_free(class, filling);
     }
 
-    /// Takes free blocks of the current span, then of partial ones.
-    fn take_free(&self, class: usize, want: usize, sink: &mut dyn FnMut(*mut u8)) -> usize {
+    /// Takes free blocks of the current span, then of partial ones; whether there were any.
+    fn take_free(&self, class: usize, filling: &mut Filling<'_>) -> bool {
         let bin = &self.bins[class];
-        let mut taken = 0;
+        let before = filling.left;
         // SAFETY: as in `gather`.
         if let Some(span) = unsafe { bin.current.get().as_ref() }
             && span.free_count.get() > 0
         {
-            taken += self.take_from(span, want, sink);
+            self.take_from(span, filling);
         }
-        while taken < want
+        while filling.left > 0
             && let Some(span) = bin.partial.front()
         {
-            taken += self.take_from(span, want - taken, sink);
+            self.take_from(span, filling);
             if span.free_count.get() == 0 {
                 bin.partial.remove(span);
                 span.place.set(Place::Full);
                 span.rearm();
             }
         }
-        taken
+        filling.left < before
     }
 
     /// Makes a fresh span the one its class is carved from.
@@ -156,20 +152,20 @@ impl ThreadHeap {
         span.rearm();
     }
 
-    fn take_from(&self, span: &Span, want: usize, sink: &mut dyn FnMut(*mut u8)) -> usize {
+    fn take_from(&self, span: &Span, filling: &mut Filling<'_>) {
         let unsettled = span.unsettled();
         let guard = self.guard().filter(|_| span.wiped.get());
         let taken = if span.discarded.get() == 0 && guard.is_none() {
-            span.take(want, sink)
+            span.take(filling.left, |block| filling.put(block))
         } else {
             let (page, mut back) = (os::page_size(), 0);
             let segment = self.segment_of_span(span);
-            let taken = span.take(want, |block| {
+            let taken = span.take(filling.left, |block| {
                 back += segment.revive(span, block as usize, page);
                 if let Some(guard) = guard {
                     guard.on_take(block, span.size.get() as usize);
                 }
-                sink(block);
+                filling.put(block);
             });
             bump(&self.tally.committed, back as u64);
             self.hub().took(back);
@@ -178,15 +174,13 @@ impl ThreadHeap {
         span.settled.set(span.settled.get().min(span.free_count.get()));
         span.rearm();
         self.pending.set(self.pending.get() - (unsettled - span.unsettled()));
-        self.live.set(self.live.get() + taken * span.size.get() as usize);
-        bump(&self.tally.out[span.class.get() as usize], taken as u64);
-        taken
+        self.count_out(span, taken);
     }
 
-    /// Hands out blocks that were never used.
-    fn carve(&self, span: &Span, want: usize, sink: &mut dyn FnMut(*mut u8)) -> usize {
+    /// Hands out blocks that were never used; whether there were any.
+    fn carve(&self, span: &Span, filling: &mut Filling<'_>) -> bool {
         let carved = span.carved.get() as usize;
-        let mut count = want.min(span.capacity.get() as usize - carved);
+        let mut count = filling.left.min(span.capacity.get() as usize - carved);
         if count > 0 && !self.commit(span, carved + count) {
             count = usize::from(self.commit(span, carved + 1));
         }
@@ -195,15 +189,20 @@ impl ThreadHeap {
                 .for_each(|index| guard.on_carve(span.block(index), span.size.get() as usize));
         }
         for index in carved..carved + count {
-            sink(span.block(index));
+            filling.put(span.block(index));
         }
         if count > 0 {
             span.carved.set((carved + count) as u32);
             span.rearm();
-            self.live.set(self.live.get() + count * span.size.get() as usize);
-            bump(&self.tally.out[span.class.get() as usize], count as u64);
+            self.count_out(span, count);
         }
-        count
+        count > 0
+    }
+
+    /// Counts blocks that are out of their span.
+    fn count_out(&self, span: &Span, count: usize) {
+        self.live.set(self.live.get() + count * span.size.get() as usize);
+        bump(&self.tally.out[span.class.get() as usize], count as u64);
     }
 
     /// Counts the memory that a span holds once `carved` blocks are carved; false past the limit.

@@ -4,7 +4,8 @@
 //! segment a `mask` with one bit for each slice whose span may have such bits. The state lies in the segment
 //! and not with a thread, so nothing is lost or misdirected when the owner ends or changes.
 //!
-//! 1. A freer sets bits in `words` first, then the slice's bit in `mask`.
+//! 1. A freer sets bits of a word in `words` first; then, if it found the word clear, the slice's bit in `mask`. Who
+//!    finds it not clear leaves that to who made it so, and whose announcement is still to come or to be taken.
 //! 2. The owner takes `mask` first, then the `words` of each slice it names. With 1, every bit is found by
 //!    this collection or announced for the next.
 //! 3. A bit is set once for each free and taken once: set and taken by atomic read-modify-writes.
@@ -50,9 +51,11 @@ word!(loom::sync::atomic::AtomicU64);
 /// already: blocks freed twice.
 #[inline]
 pub(crate) fn post<W: Word>(word: &W, bits: u64, mask: &W, slice: u32) -> u64 {
-    let twice = word.set(bits) & bits;
-    mask.set(1 << slice);
-    twice
+    let before = word.set(bits);
+    if before == 0 {
+        mask.set(1 << slice);
+    }
+    before & bits
 }
 
 /// Hands the slices that may have posted blocks to `visit`; owner only.

@@ -1,13 +1,12 @@
 //! Blocks larger than any class that share a segment: each is a span of its own.
 
 use core::ptr;
-use core::sync::atomic::Ordering;
 
 use super::class;
-use super::outbox::post_one;
+use super::foreign::post_one;
 use super::segment::{SEGMENT, SLICE, Segment};
 use super::span::SINGLE;
-use super::thread::ThreadHeap;
+use super::thread::{Slot, ThreadHeap};
 use crate::source::os;
 
 impl ThreadHeap {
@@ -38,9 +37,8 @@ impl ThreadHeap {
 
     /// Frees a block of its own slices; `segment` may be another thread's.
     pub(crate) fn free_single(&self, segment: &Segment, block: *mut u8) {
-        let owner = segment.head.owner.load(Ordering::Acquire);
-        if self.is(owner) || (owner.is_null() && self.adopt(segment)) {
-            self.give_back_counted(block);
+        if self.claims(segment) {
+            self.give_back(segment, &[Slot::new(block)]);
             self.purge_if_due();
         } else {
             post_one(segment, block);

@@ -3,6 +3,7 @@
 //! invariants are checked on the way. `cargo test` does it for seconds; `just soak 600` for as long as one likes.
 
 use core::cell::Cell;
+use core::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::lock::SpinLock;

@@ -5,6 +5,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use super::list::{Chain, Links};
 use super::segment::{MIN_PAGE, SLICE};
+use super::thread::Slot;
 
 /// Words of a bitmap that lie with the books.
 pub(super) const INLINE_WORDS: usize = 4;
@@ -138,29 +139,70 @@ impl Span {
         self.carved.get() - self.free_count.get()
     }
 
-    /// Marks a block free; false if it was already.
-    #[inline(always)]
-    pub(crate) fn give(&self, index: u32) -> bool {
-        let at = (index / 64) as usize;
-        let word = self.free_word(at);
-        let bit = 1 << (index % 64);
-        let old = word.get();
-        word.set(old | bit);
-        if (at as u16) < self.hint.get() {
-            self.hint.set(at as u16);
+    /// Marks those blocks at the start of `blocks` free that lie in this span: how many, and whether all were live.
+    #[inline]
+    pub(crate) fn give(&self, blocks: &[Slot]) -> (usize, bool) {
+        let extent = self.capacity.get() as usize * self.size.get() as usize;
+        let (mut count, mut all_live) = (0, true);
+        // What is to be marked in one word.
+        let (mut at, mut bits) = (0, 0);
+        for slot in blocks {
+            let block = slot.load(Ordering::Relaxed);
+            if (block as usize).wrapping_sub(self.base.get()) >= extent {
+                break;
+            }
+            let index = self.index_of(block) as usize;
+            if index / 64 != at {
+                all_live &= self.give_word(at, bits);
+                (at, bits) = (index / 64, 0);
+            }
+            let bit = 1 << (index % 64);
+            all_live &= bits & bit == 0;
+            bits |= bit;
+            count += 1;
         }
-        self.free_count.set(self.free_count.get() + 1);
-        old & bit == 0
+        all_live &= self.give_word(at, bits);
+        self.free_count.set(self.free_count.get() + count as u32);
+        (count, all_live)
     }
 
-    /// Marks all blocks of `bits` in word `at` free.
+    /// Marks all blocks of `bits` in word `at` free, which the caller counts; false if one was already.
+    #[inline]
     pub(crate) fn give_word(&self, at: usize, bits: u64) -> bool {
+        if bits == 0 {
+            return true;
+        }
         let word = self.free_word(at);
         let old = word.get();
         word.set(old | bits);
         self.hint.set(self.hint.get().min(at as u16));
-        self.free_count.set(self.free_count.get() + bits.count_ones());
         old & bits == 0
+    }
+
+    /// The blocks at the start of `blocks` that share a word of the bitmaps; the first lies in this span. Word, bits,
+    /// and how many.
+    pub(crate) fn word_of(&self, blocks: &[Slot]) -> (usize, u64, usize) {
+        let (mut word, mut bits, mut count) = (0, 0u64, 0);
+        let mut first = 0;
+        for slot in blocks {
+            let block = slot.load(Ordering::Relaxed);
+            // In the same word, and so in the same span, if it lies within 64 blocks of its first.
+            if count > 0 && (block as usize).wrapping_sub(first) >= 64 * self.size.get() as usize {
+                break;
+            }
+            let index = self.index_of(block) as usize;
+            if count == 0 {
+                word = index / 64;
+                first = self.block(word * 64) as usize;
+            }
+            let bit = 1 << (index % 64);
+            if index / 64 != word || index >= self.capacity.get() as usize || bits & bit != 0 {
+                break;
+            }
+            bits |= bit;
+            count += 1;
+        }
+        (word, bits, count)
     }
 
     /// Takes up to `room` free blocks, lowest first.

@@ -1,9 +1,9 @@
-//! How caches and outboxes that are not used give up what they hold.
+//! How caches that are not used give up what they hold.
 //!
 //! A few blocks in the cache of a size that the program has left keep their spans from being used for other sizes,
-//! and a few in an outbox their owner from having them back. So each slow operation looks at some of the classes, in
-//! turn: what has not moved since the last look goes back. A stack that is in use and happens to be as full as at the
-//! last look is taken for one that is not, at the price of one more slow operation.
+//! or, if they are another thread's, that thread from having them back. So each slow operation looks at some of the
+//! classes, in turn: what has not moved since the last look goes back. A stack that is in use and happens to be as full
+//! as at the last look is taken for one that is not, at the price of one more slow operation.
 
 use super::class;
 use super::thread::ThreadHeap;
@@ -21,17 +21,14 @@ impl ThreadHeap {
             let class = self.swept.get();
             self.swept.set((class + 1) % class::COUNT);
             let bin = &self.bins[class];
-            let (cached, outgoing) = bin.seen.get();
+            let cached = bin.seen.get();
             if cached > 0 && cached as usize == self.cached_count(class) {
                 self.flush_oldest(class, usize::MAX);
             }
             if cached == 0 && self.cached_count(class) == 0 {
                 self.retire_current(class);
             }
-            if outgoing > 0 && outgoing as usize == self.outgoing(class).len() {
-                self.post(class);
-            }
-            bin.seen.set((self.cached_count(class) as u16, self.outgoing(class).len() as u16));
+            bin.seen.set(self.cached_count(class) as u16);
         }
     }
 

@@ -1,15 +1,14 @@
 //! The heap of one thread: what is on the fast paths.
 //!
-//! For each class a thread keeps a stack of free blocks (its *cache*), and beside it a stack of blocks that
-//! belong to other threads (its *outbox*). Allocation pops, a free pushes; only when a stack is empty or full
-//! are spans touched, many blocks at a time, in `refill` and `flush`.
+//! For each class a thread keeps a stack of free blocks (its *cache*). Allocation pops, a free pushes, whosesoever
+//! the block; only when a stack is empty or full are spans touched, many blocks at a time, in `refill` and `flush`.
 //!
 //! Invariants, beside those of `segment`:
 //! 1. Only the thread that a heap is bound to (or the holder of the lock `late`) uses it.
 //! 2. Each stack is `[bottom, limit)` with `bottom <= top <= limit`; the slot below `bottom` is null for
 //!    ever, so that an empty stack shows by what is popped.
-//! 3. Blocks in caches and outboxes are live for their span. A cache holds own blocks only, so that no two
-//!    threads get neighbours on one cache line through a free.
+//! 3. Blocks in caches are live for their span, which may be another thread's: what threads hand to each other
+//!    goes home only from a full cache.
 //! 4. `pending` is the memory that a purge might give back: unsettled free bytes of spans, and idle slices.
 //! 5. Every segment of this heap is on `segments`; those with vacant slices on `roomy`, those with idle ones
 //!    on `idle_segments`.
@@ -17,13 +16,13 @@
 use core::cell::Cell;
 use core::mem::offset_of;
 use core::ptr;
-use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 
 use super::class::{self, COUNT};
 use super::guard::Guard;
 use super::hub::Hub;
 use super::list::List;
-use super::segment::{RoomySegments, Segment, SegmentQueue, Segments};
+use super::segment::{Line, RoomySegments, Segment, SegmentQueue, Segments};
 use super::span::{PartialSpans, Span, SpanQueue};
 
 /// One place of a stack. Atomic, since statistics read the stacks of other threads.
@@ -130,8 +129,8 @@ pub(crate) struct Bin {
     pub(super) partial: List<PartialSpans>,
     /// Blocks that refills took in all: each asks for a quarter of that, so that what is seldom used stays small.
     pub(super) taken: Cell<u32>,
-    /// Blocks in the cache and in the outbox when the class was last looked at: see `sweep`.
-    pub(super) seen: Cell<(u16, u16)>,
+    /// Blocks in the cache when the class was last looked at: see `sweep`.
+    pub(super) seen: Cell<u16>,
 }
 
 /// What a heap counts on its slow paths. Written by its thread only.
@@ -161,26 +160,21 @@ pub(super) fn lower(count: &AtomicU64, by: u64) {
 }
 
 /// Where the slots of a class begin.
-pub(super) const CACHES: [usize; COUNT + 1] = starts(true);
-const OUTBOXES: [usize; COUNT + 1] = starts(false);
-
-const fn starts(cache: bool) -> [usize; COUNT + 1] {
+pub(super) const CACHES: [usize; COUNT + 1] = {
     let mut at = [0; COUNT + 1];
     let mut class = 0;
     while class < COUNT {
         // One more than the capacity: the null below a cache's bottom.
-        let len = if cache { class::cache_capacity(class) + 1 } else { class::outbox_capacity(class) };
-        at[class + 1] = at[class] + len;
+        at[class + 1] = at[class] + class::cache_capacity(class) + 1;
         class += 1;
     }
     at
-}
+};
 
 /// The heap of one thread.
 #[repr(C)]
 pub(crate) struct ThreadHeap {
     pub(crate) front: Front,
-    pub(super) out_tops: [Cell<*const Slot>; COUNT],
     pub(super) hub: Cell<*const Hub>,
     pub(super) bins: [Bin; COUNT],
     pub(super) segments: List<Segments>,
@@ -190,6 +184,8 @@ pub(crate) struct ThreadHeap {
     pub(super) idle_segments: List<SegmentQueue>,
     /// The segment whose posted blocks are collected next.
     pub(super) cursor: Cell<*const Segment>,
+    /// How many are to be looked at before all are seen.
+    pub(super) unseen: Cell<usize>,
     /// Bytes of blocks that are out of their spans.
     pub(super) live: Cell<usize>,
     pub(super) pending: Cell<usize>,
@@ -204,12 +200,13 @@ pub(crate) struct ThreadHeap {
     /// Set while a request must be served from what is there.
     pub(super) frugal: Cell<bool>,
     pub(crate) tally: Tally,
+    /// Whether others posted blocks since this thread last looked; a hint.
+    pub(super) has_mail: Line<AtomicBool>,
     pub(super) next_idle: Cell<*const ThreadHeap>,
     pub(super) next_heap: Cell<*const ThreadHeap>,
     /// What a pool with statistics counts for this thread.
     pub(crate) requests: super::stats::Requests,
     caches: [Slot; CACHES[COUNT]],
-    outboxes: [Slot; OUTBOXES[COUNT]],
 }
 
 const _: () = assert!(offset_of!(ThreadHeap, front) == 0);
@@ -227,7 +224,6 @@ impl ThreadHeap {
         for class in 0..COUNT {
             heap.front.tops[class].store(heap.bottom(class).cast_mut(), Ordering::Relaxed);
             heap.set_capacity(class, class::cache_capacity(class));
-            heap.out_tops[class].set(heap.out_bottom(class));
         }
         heap
     }
@@ -257,12 +253,10 @@ impl ThreadHeap {
         &raw const self.caches[CACHES[class] + 1]
     }
 
-    pub(super) fn out_bottom(&self, class: usize) -> *const Slot {
-        &raw const self.outboxes[OUTBOXES[class]]
-    }
-
-    pub(super) fn out_limit(&self, class: usize) -> *const Slot {
-        self.out_bottom(class).wrapping_add(class::outbox_capacity(class))
+    /// The first `count` slots of the cache of `class`, or as many as it has.
+    pub(super) fn slots(&self, class: usize, count: usize) -> &[Slot] {
+        let all = &self.caches[CACHES[class] + 1..CACHES[class + 1]];
+        &all[..count.min(all.len())]
     }
 
     pub(super) fn top(&self, class: usize) -> *const Slot {
@@ -307,12 +301,6 @@ impl ThreadHeap {
     pub(crate) fn kept_count(&self, class: usize) -> usize {
         let held = self.guard().map_or(0, |guard| guard.held(class));
         self.cached_count(class) + held
-    }
-
-    /// The blocks in the outbox of a class.
-    pub(crate) fn outgoing(&self, class: usize) -> &[Slot] {
-        let len = (self.out_tops[class].get() as usize - self.out_bottom(class) as usize) / size_of::<Slot>();
-        &self.outboxes[OUTBOXES[class]..][..len]
     }
 
     /// Whether `owner`, read from a segment, is this heap.
