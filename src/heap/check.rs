@@ -17,7 +17,6 @@ impl ThreadHeap {
             let expect = |holds, invariant| expect(holds, at, invariant);
             segments += 1;
             expect(self.is(segment.head.owner.load(core::sync::atomic::Ordering::Relaxed)), "owner")?;
-            expect(segment.pristine.get() & !segment.vacant.get() == 0, "pristine slices are vacant")?;
             expect(segment.roomy.get() == (segment.vacant.get() != 0), "roomy segments are listed")?;
             expect(segment.queued.get() == (segment.idle() != 0), "idle segments are listed")?;
             pending += segment.idle_bytes();
@@ -57,6 +56,11 @@ impl ThreadHeap {
         let at = span.base.get();
         let expect = |holds, invariant| expect(holds, at, invariant);
         expect(span.carved.get() <= span.capacity.get(), "carved <= capacity")?;
+        let end = span.block(span.carved.get() as usize) as usize;
+        expect(
+            span.carved.get() == 0 || segment.touch(span, end) == 0,
+            "carved blocks lie in no pristine slice",
+        )?;
         expect(span.counted_free() == span.free_count.get(), "free bits are counted")?;
         expect(span.free_count.get() <= span.carved.get(), "free blocks are carved")?;
         expect(span.settled.get() <= span.free_count.get(), "settled <= free_count")?;

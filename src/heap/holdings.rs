@@ -80,9 +80,7 @@ impl ThreadHeap {
         if guard_page > 0 {
             self.guard_span(segment, span);
         }
-        let again = idle - segment.idle_bytes();
-        self.pending.set(self.pending.get() - again);
-        self.hub().took(count * SLICE - again);
+        self.pending.set(self.pending.get() - (idle - segment.idle_bytes()));
         self.relist(segment);
         span
     }

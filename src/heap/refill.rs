@@ -207,9 +207,9 @@ impl ThreadHeap {
 
     /// Counts the memory that a span holds once `carved` blocks are carved; false past the limit.
     pub(super) fn commit(&self, span: &Span, carved: usize) -> bool {
+        let segment = self.segment_of_span(span);
         let first = span.first.get() as usize;
-        let start =
-            self.segment_of_span(span).base() as usize + if first == 0 { HEADER } else { first * SLICE };
+        let start = segment.base() as usize + if first == 0 { HEADER } else { first * SLICE };
         let end = (span.block(carved) as usize).next_multiple_of(os::page_size());
         let most = span.slices.get() as usize * SLICE;
         let committed = (end - start).min(most);
@@ -219,6 +219,7 @@ impl ThreadHeap {
                 return false;
             }
             span.committed.set(committed as u32);
+            self.hub().took(segment.touch(span, start + committed) * SLICE);
             bump(&self.tally.committed, more as u64);
         }
         true

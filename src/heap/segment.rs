@@ -21,7 +21,8 @@
 //!    its bit in `free` nor its bit in `remote` is set, and never are both. No bit is set above `carved`.
 //! 4. `free_count` is the number of bits in `free`; `settled <= free_count`.
 //! 5. The pages marked in `discarded` belong to free blocks, and read as zero.
-//! 6. A slice is in `vacant`, or belongs to exactly one span; `pristine` slices are vacant and read as zero.
+//! 6. A slice is in `vacant`, or belongs to exactly one span; `pristine` slices hold no memory and read as zero: they
+//!    are vacant, or no block of their span that reaches into them was carved yet.
 //! 7. Segments stay mapped as long as their core lives, because a freer may still announce in `remote_mask`
 //!    what the owner has already collected. One that lost its books with its memory reads as zero, which no
 //!    look-up takes for a block.
@@ -131,8 +132,8 @@ pub(crate) const fn run(first: usize, count: usize) -> u64 {
     (if count >= 64 { u64::MAX } else { (1 << count) - 1 }) << first
 }
 
-/// The first bit of a run of `count` bits that starts at or after `from`.
-fn find_run(mut bits: u64, count: usize, from: usize) -> Option<usize> {
+/// The first bits of the runs of `count` bits that start at or after `from`.
+fn runs(mut bits: u64, count: usize, from: usize) -> u64 {
     bits &= u64::MAX << from;
     // Shrink every run by count - 1, in doubling steps.
     let mut left = count - 1;
@@ -143,6 +144,10 @@ fn find_run(mut bits: u64, count: usize, from: usize) -> Option<usize> {
         left -= by;
         step *= 2;
     }
+    bits
+}
+
+fn first(bits: u64) -> Option<usize> {
     (bits != 0).then(|| bits.trailing_zeros() as usize)
 }
 
@@ -224,14 +229,28 @@ impl Segment {
             .map(|(_, span)| span)
     }
 
-    /// The first slice of a vacant run of `count` slices that starts at or after `from`.
+    /// The first slice of a vacant run of `count` slices that starts at or after `from`: of all such runs one that
+    /// holds most memory.
     pub(crate) fn find_run(&self, count: usize, from: usize) -> Option<usize> {
-        find_run(self.vacant.get(), count, from)
+        let mut starts = runs(self.vacant.get(), count, from);
+        let mut best = first(starts)?;
+        if self.idle() & (u64::MAX << from) != 0 {
+            let pristine = |at| (self.pristine.get() & run(at, count)).count_ones();
+            let mut least = pristine(best);
+            while least > 0 && starts != 0 {
+                let at = starts.trailing_zeros() as usize;
+                starts &= starts - 1;
+                if pristine(at) < least {
+                    (best, least) = (at, pristine(at));
+                }
+            }
+        }
+        Some(best)
     }
 
-    /// The same of slices that hold memory.
+    /// The first slice of such a run that holds memory throughout.
     pub(crate) fn find_idle_run(&self, count: usize, from: usize) -> Option<usize> {
-        find_run(self.idle(), count, from)
+        first(runs(self.idle(), count, from))
     }
 
     /// Makes a span of vacant slices.
@@ -249,7 +268,6 @@ impl Segment {
         debug_assert_eq!(self.vacant.get() & slices, slices);
         let zeroed = self.pristine.get() & slices == slices;
         self.vacant.set(self.vacant.get() & !slices);
-        self.pristine.set(self.pristine.get() & !slices);
         for slice in first..first + count {
             self.class_of[slice].set(class);
             self.span_of[slice].set(first as u8);
@@ -298,22 +316,36 @@ impl Segment {
         span
     }
 
-    /// Takes a span apart whose blocks are all free; returns its slices.
+    /// Takes notice that blocks of `span` are carved up to `end`; returns how many slices hold memory now that did
+    /// not before.
+    pub(crate) fn touch(&self, span: &Span, end: usize) -> usize {
+        let first = span.first.get() as usize;
+        let last = (end - 1 - self.base() as usize) / SLICE;
+        let fresh = self.pristine.get() & run(first, last + 1 - first);
+        self.pristine.set(self.pristine.get() & !fresh);
+        if fresh == 0 { 0 } else { fresh.count_ones() as usize }
+    }
+
+    /// Takes a span apart whose blocks are all free; returns those of its slices that hold memory.
     pub(crate) fn unmake_span(&self, span: &Span) -> u64 {
+        const PAGES: usize = SLICE / MIN_PAGE;
+        const ALL: u64 = (1 << PAGES) - 1;
         let (first, count) = (span.first.get() as usize, span.slices.get() as usize);
         for slice in first..first + count {
             self.class_of[slice].set(NO_CLASS);
-        }
-        if span.discarded.get() > 0 {
-            let (from, to) = self.pages(first * SLICE, (first + count) * SLICE);
-            for page in from..to {
-                self.unmark(page);
+            if span.discarded.get() > 0 {
+                let word = &self.discarded[slice * PAGES / 64];
+                let shift = slice * PAGES % 64;
+                if word.get() >> shift & ALL == ALL {
+                    self.pristine.set(self.pristine.get() | 1 << slice);
+                }
+                word.set(word.get() & !(ALL << shift));
             }
-            span.discarded.set(0);
         }
+        span.discarded.set(0);
         let slices = run(first, count);
         self.vacant.set(self.vacant.get() | slices);
-        slices
+        slices & !self.pristine.get()
     }
 
     fn pages(&self, from: usize, to: usize) -> (usize, usize) {

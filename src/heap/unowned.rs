@@ -61,13 +61,16 @@ impl Hub {
         claim.map(|claim| self.furnish(claim, kind))
     }
 
-    /// A segment with idle memory that no block lies in; the caller becomes its owner.
+    /// A segment with idle memory that no block lies in, with huge pages or without if there is none other; the
+    /// caller becomes its owner.
     pub(super) fn take_warm(&self, huge: bool) -> Option<&Segment> {
         let mut shared = self.shared.lock();
-        let kind = usize::from(huge);
-        if shared.warm == 0 || shared.vacant[kind].front()?.idle() == 0 {
+        if shared.warm == 0 {
             return None;
         }
+        let holds_memory =
+            |kind: &usize| shared.vacant[*kind].front().is_some_and(|segment| segment.idle() != 0);
+        let kind = [usize::from(huge), usize::from(!huge)].into_iter().find(holds_memory)?;
         let segment = ptr::from_ref(shared.vacant[kind].pop_front()?);
         // SAFETY: segments live as long as the hub (invariant 7).
         let segment = unsafe { &*segment };
