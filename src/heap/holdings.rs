@@ -4,7 +4,7 @@ use core::ptr;
 use core::sync::atomic::Ordering;
 
 use super::class;
-use super::segment::{SLICE, Segment, segment_of};
+use super::segment::{Segment, segment_of};
 use super::settings::Part;
 use super::span::{Place, Span};
 use super::thread::{ThreadHeap, bump};
