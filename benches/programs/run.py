@@ -19,6 +19,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 BUILT = os.path.join(ROOT, "target", "programs")
 OURS = os.path.join(ROOT, "target", "release", "examples", "libmalloc_preload.so")
 DEBIAN = "/usr/lib/x86_64-linux-gnu"
+LIMIT = 120  # seconds a program may take
 
 
 def from_crate(name, folder, arguments):
@@ -56,11 +58,11 @@ def rpmalloc():
 
 
 def allocators(peers):
-    """Name and library of all that are here; glibc's needs none."""
+    """Name and library of all that are here; glibc's needs none. `hardened` is the same heap, configured so."""
     os.makedirs(BUILT, exist_ok=True)
     if not os.path.exists(OURS):
         sys.exit("first: cargo build --release --example malloc_preload")
-    found = {"memory-pool": OURS, "glibc": ""}
+    found = {"memory-pool": OURS, "hardened": OURS, "glibc": ""}
     others = {
         "jemalloc": glob.glob(peers + "/libjemalloc.so.2"),
         "tcmalloc": glob.glob(peers + "/libtcmalloc_minimal.so.4"),
@@ -117,9 +119,9 @@ def real_programs(scratch):
     if has("sqlite3"):
         commands["sqlite3"] = lambda: ["sqlite3", ":memory:", SQL]
     if has("node"):
-        work = ("let m=new Map();for(let i=0;i<300000;i++)m.set('k'+i,{a:i,b:[i,i+1],c:'x'.repeat(i%50)});"
-                "let s=JSON.stringify([...m]);console.log(s.length,JSON.parse(s).length)")
-        commands["node"] = lambda: ["node", "-e", work]
+        script = ("let m=new Map();for(let i=0;i<300000;i++)m.set('k'+i,{a:i,b:[i,i+1],c:'x'.repeat(i%50)});"
+                  "let s=JSON.stringify([...m]);console.log(s.length,JSON.parse(s).length)")
+        commands["node"] = lambda: ["node", "-e", script]
     if has("gcc"):
         source = os.path.join(scratch, "many.c")
         with open(source, "w") as text:
@@ -172,7 +174,7 @@ def postgres(scratch):
     user = "postgres" if os.getuid() == 0 else None
     if user:
         shutil.chown(data, user)
-    script = (f"set -e; {'export LD_PRELOAD=' + preload if preload else ''}; initdb -D {data}/db >/dev/null; "
+    script = (f"set -e; {'export LD_PRELOAD=' + preload if preload else ':'}; initdb -D {data}/db >/dev/null; "
               f"pg_ctl -D {data}/db -o '-k {data} -c listen_addresses=' -w start >/dev/null; "
               f"pgbench -h {data} -i -q -s 3 postgres 2>/dev/null; "
               f"pgbench -h {data} -n -S -c 2 -t 3000 postgres >/dev/null 2>&1; "
@@ -189,14 +191,22 @@ def compiled(source):
     return binary
 
 
-def measure(command, library):
+def measure(command, name, library):
     """Wall and processor time in seconds and peak memory in MiB of one run."""
     launcher = compiled(os.path.join(HERE, "measure.c"))
-    done = subprocess.run([launcher, library, *command], env=dict(os.environ, LC_ALL="C"), stdout=subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{command} with {library or 'glibc'} failed:\n{done.stderr[-2000:]}")
-    wall, cpu, peak = map(float, done.stderr.split()[-3:])
+    environment = dict(os.environ, LC_ALL="C")
+    if name == "hardened":
+        environment["MEMORY_POOL_HARDENED"] = "1"
+    with subprocess.Popen([launcher, library, *command], env=environment, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        try:
+            said = run.communicate(timeout=LIMIT)[1]
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            sys.exit(f"{command} with {name} still ran after {LIMIT} s")
+    if run.returncode:
+        sys.exit(f"{command} with {name} failed:\n{said[-2000:]}")
+    wall, cpu, peak = map(float, said.split()[-3:])
     return wall, cpu, peak / 1024
 
 
@@ -233,7 +243,7 @@ def report(chosen, programs):
         runs = {name: [] for name in libraries}
         for _ in range(chosen.rounds):
             for name, library in libraries.items():
-                runs[name].append(measure(command(), library))
+                runs[name].append(measure(command(), name, library))
         times = {name: statistics.median(run[clock] for run in runs[name]) for name in libraries}
         peaks = {name: statistics.median(run[2] for run in runs[name]) for name in libraries}
         print(f"| {program} | " + " | ".join(f"{times[n]:.2f} ({peaks[n]:.1f})" for n in libraries) + " |", flush=True)
