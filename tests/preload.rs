@@ -19,7 +19,7 @@ use std::ffi::c_void;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, Output};
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 use conformance::Surface;
 use limited::output_of;
@@ -89,6 +89,125 @@ fn the_functions_of_c_do_as_posix_and_glibc_say_when_preloaded() {
     conformance::run(&surface);
     let threads: Vec<_> = (0..4).map(|_| std::thread::spawn(move || conformance::run(&surface))).collect();
     threads.into_iter().for_each(|thread| thread.join().unwrap());
+}
+
+#[test]
+fn trim_says_whether_it_gave_anything_back() {
+    if !preloaded() {
+        return expect_success(&again("trim_says_whether_it_gave_anything_back", &[]));
+    }
+    // SAFETY: plain calls; each block is freed once.
+    unsafe {
+        let blocks: Vec<*mut c_void> = (0..20_000).map(|_| libc::malloc(1000)).collect();
+        blocks.iter().for_each(|block| block.cast::<u8>().write_bytes(1, 1000));
+        blocks.into_iter().for_each(|block| libc::free(block));
+        assert_eq!(libc::malloc_trim(0), 1, "what the heap kept goes");
+        // The second call finds what the first one's own work left, if anything; the third finds nothing.
+        libc::malloc_trim(0);
+        assert_eq!(libc::malloc_trim(0), 0);
+    }
+}
+
+/// Rounds that destructors of this thread's keys ran.
+static ROUNDS: AtomicUsize = AtomicUsize::new(0);
+static KEY: AtomicUsize = AtomicUsize::new(usize::MAX);
+
+/// Allocates, frees, and asks to be called again; the heap's own hook has run by the later rounds.
+extern "C" fn late_destructor(block: *mut c_void) {
+    ROUNDS.fetch_add(1, Ordering::Relaxed);
+    // SAFETY: blocks of this thread, each freed once; the key is the test's.
+    unsafe {
+        for size in [10, 5000, 100_000, 3 << 20] {
+            let other = libc::realloc(libc::malloc(size), size * 2);
+            assert!(!other.is_null());
+            other.cast::<u8>().write_bytes(7, size * 2);
+            libc::free(other);
+        }
+        libc::free(block);
+        libc::pthread_setspecific(KEY.load(Ordering::Relaxed) as libc::pthread_key_t, libc::calloc(1, 24));
+    }
+}
+
+#[test]
+fn destructors_allocate_after_the_thread_let_go_of_its_heap() {
+    if !preloaded() {
+        for hardened in ["0", "1"] {
+            let test = "destructors_allocate_after_the_thread_let_go_of_its_heap";
+            expect_success(&again(test, &[("MEMORY_POOL_HARDENED", hardened)]));
+        }
+        return;
+    }
+    let mut key = 0;
+    // SAFETY: plain calls with a function that does not unwind.
+    unsafe {
+        assert_eq!(libc::pthread_key_create(&raw mut key, Some(late_destructor)), 0);
+        KEY.store(key as usize, Ordering::Relaxed);
+        for _ in 0..20 {
+            let thread = std::thread::spawn(move || libc::pthread_setspecific(key, libc::malloc(40)));
+            assert_eq!(thread.join().unwrap(), 0);
+        }
+    }
+    assert!(ROUNDS.load(Ordering::Relaxed) >= 40, "destructors were called again");
+}
+
+#[test]
+fn operator_new_without_a_cxx_library_ends_the_program_with_a_line() {
+    if preloaded() {
+        // SAFETY: the name is the signature.
+        let new: unsafe extern "C" fn(usize) -> *mut c_void =
+            unsafe { std::mem::transmute(libc::dlsym(libc::RTLD_DEFAULT, c"_Znwm".as_ptr())) };
+        // SAFETY: no preconditions.
+        unsafe { new(usize::MAX / 2) };
+        unreachable!("it returned");
+    }
+    let output = again("operator_new_without_a_cxx_library_ends_the_program_with_a_line", &[]);
+    assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("memory-pool: operator new has no memory"),
+        "{}",
+        text(&output.stderr)
+    );
+}
+
+/// Calls of the handler that the C++ library was given.
+static HANDLED: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn new_handler() {
+    // The third call takes the handler away, so that the operator gives up.
+    if HANDLED.fetch_add(1, Ordering::Relaxed) == 2 {
+        set_new_handler(None);
+    }
+}
+
+fn set_new_handler(handler: Option<extern "C" fn()>) {
+    // SAFETY: the library is open for ever, and the mangled name is the signature.
+    unsafe {
+        let library = libc::dlopen(c"libstdc++.so.6".as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
+        let set = libc::dlsym(library, c"_ZSt15set_new_handlerPFvvE".as_ptr());
+        let set: extern "C" fn(Option<extern "C" fn()>) = std::mem::transmute(set);
+        set(handler);
+    }
+}
+
+#[test]
+fn a_cxx_library_that_came_late_has_its_new_handler_called() {
+    const TEST: &str = "a_cxx_library_that_came_late_has_its_new_handler_called";
+    // SAFETY: opening a library of the system.
+    if unsafe { libc::dlopen(c"libstdc++.so.6".as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) }.is_null() {
+        return println!("left out, not on this machine: libstdc++");
+    }
+    if !preloaded() {
+        return expect_success(&again(TEST, &[]));
+    }
+    set_new_handler(Some(new_handler));
+    // SAFETY: the mangled name is the signature.
+    unsafe {
+        let name = c"_ZnwmRKSt9nothrow_t";
+        let new: extern "C" fn(usize, *const u8) -> *mut c_void =
+            std::mem::transmute(libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()));
+        assert!(new(usize::MAX / 2, &0).is_null());
+    }
+    assert_eq!(HANDLED.load(Ordering::Relaxed), 3, "as often as the handler wants");
 }
 
 /// What the process got before any library was initialised.

@@ -7,14 +7,31 @@
 //! nobody to catch: it ends with a line on stderr.
 
 use std::ffi::{CStr, c_void};
+use std::ptr;
 
 use crate::heap;
 use crate::report;
 
-/// The operator `name` of the library behind this one.
+/// C++ libraries by the names that programs know them by. An interpreter may have loaded one for an extension alone,
+/// where a search by symbol does not come.
+const LIBRARIES: [&CStr; 3] = [c"libstdc++.so.6", c"libc++.so.1", c"libc++abi.so.1"];
+
+/// The operator `name` of the C++ library; null where none is loaded.
 fn next(name: &CStr) -> *mut c_void {
-    // SAFETY: a terminated name.
-    unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) }
+    // SAFETY: terminated names. A library that is loaded already stays as it is; it is counted as used once more, for
+    // ever, which keeps what is found.
+    unsafe {
+        let behind = libc::dlsym(libc::RTLD_NEXT, name.as_ptr());
+        if !behind.is_null() {
+            return behind;
+        }
+        let loaded = LIBRARIES
+            .iter()
+            .map(|library| libc::dlopen(library.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD));
+        let operators =
+            loaded.filter(|handle| !handle.is_null()).map(|handle| libc::dlsym(handle, name.as_ptr()));
+        operators.into_iter().find(|operator| !operator.is_null()).unwrap_or(ptr::null_mut())
+    }
 }
 
 /// The two ways to ask.

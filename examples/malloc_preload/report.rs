@@ -111,7 +111,17 @@ extern "C" fn malloc_trim(_keep: usize) -> c_int {
 /// Takes the parameters of glibc's design, which have no counterpart here, in silence; says no (0) to the rest,
 /// above all to `M_PERTURB`, whose effect a program could miss.
 #[unsafe(no_mangle)]
-extern "C" fn mallopt(parameter: c_int, _value: c_int) -> c_int {
+extern "C" fn mallopt(parameter: c_int, value: c_int) -> c_int {
+    set_parameter(parameter, value)
+}
+
+/// The same under glibc's other name.
+#[unsafe(no_mangle)]
+extern "C" fn __libc_mallopt(parameter: c_int, value: c_int) -> c_int {
+    set_parameter(parameter, value)
+}
+
+fn set_parameter(parameter: c_int, _value: c_int) -> c_int {
     /// Names as in `malloc.h`; those of thresholds and arenas are negative.
     const M_MXFAST: c_int = 1;
     const M_TRIM_THRESHOLD: c_int = -1;
@@ -165,5 +175,15 @@ extern "C" fn mallinfo2() -> Info<usize> {
 
 #[unsafe(no_mangle)]
 extern "C" fn mallinfo() -> Info<c_int> {
+    narrow_info()
+}
+
+/// The same under glibc's other name.
+#[unsafe(no_mangle)]
+extern "C" fn __libc_mallinfo() -> Info<c_int> {
+    narrow_info()
+}
+
+fn narrow_info() -> Info<c_int> {
     info(|number| c_int::try_from(number).unwrap_or(c_int::MAX))
 }

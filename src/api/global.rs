@@ -98,7 +98,7 @@ impl GlobalPool {
         // A block of no bytes is aligned as well.
         let size = if align > heap::MIN_ALIGN { size.max(1) } else { size };
         match heap::of_small(size, align) {
-            Some(class) => process::alloc(class, align, Asker::Program(&self.config)),
+            Some(class) => process::alloc_unsized(class, size, align, Asker::Program(&self.config)),
             None => obtain_other(size, align, Asker::Program(&self.config)),
         }
     }

@@ -82,6 +82,33 @@ pub(crate) mod process {
         with_heap_for(asker, |heap| heap.alloc_aligned(class, align)).unwrap_or(ptr::null_mut())
     }
 
+    /// A block of `class` for a request of `size` bytes, if it will not be freed by its layout.
+    #[inline(always)]
+    pub(crate) fn alloc_unsized(class: usize, size: usize, align: usize, asker: Asker<'_>) -> *mut u8 {
+        // SAFETY: as in `alloc`.
+        let block = unsafe { front().pop(class) };
+        if block.is_null() { alloc_unsized_slow(class, size, align, asker) } else { block }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn alloc_unsized_slow(class: usize, size: usize, align: usize, asker: Asker<'_>) -> *mut u8 {
+        if let Some(guard) = front().guard() {
+            let block = guard::alloc_cached_exact(guard, class, size, align);
+            if !block.is_null() {
+                return block;
+            }
+        }
+        alloc_unsized_uncached(class, size, align, asker)
+    }
+
+    /// Apart, as above.
+    #[cold]
+    #[inline(never)]
+    fn alloc_unsized_uncached(class: usize, size: usize, align: usize, asker: Asker<'_>) -> *mut u8 {
+        with_heap_for(asker, |heap| heap.alloc_unsized(class, size, align)).unwrap_or(ptr::null_mut())
+    }
+
     /// A block for a layout without a class. The flag says whether it is zero.
     #[cold]
     #[inline(never)]
@@ -177,12 +204,25 @@ pub(crate) mod process {
             // SAFETY: the registry says that there is a segment.
             let segment = unsafe { &*segment_of(block) };
             let class = segment.class_at(block);
-            // SAFETY: the block is the caller's, and of that class.
-            if class < SINGLE && unsafe { front().push(class as usize, block) } {
+            if class < SINGLE {
+                // SAFETY: the block is the caller's, and of that class.
+                if !unsafe { front().push(class as usize, block) } {
+                    free_small(class as usize, block);
+                }
                 return;
             }
         }
         // SAFETY: the caller's contract.
+        unsafe { free_unsized_slow(block) };
+    }
+
+    /// Frees what lies in a span of `class`.
+    #[inline(never)]
+    fn free_small(class: usize, block: *mut u8) {
+        if let Some((heap, guard)) = hardened() {
+            return heap.guarded_free_small(guard, class, block);
+        }
+        // SAFETY: the caller's contract of `free_unsized`.
         unsafe { free_unsized_slow(block) };
     }
 

@@ -4,9 +4,13 @@
 //! ninth of a block is unused. Every function is `const` and folds away for a constant layout.
 
 /// Number of size classes.
-pub(crate) const COUNT: usize = 80;
+pub(crate) const COUNT: usize = 81;
 /// Largest size that has a class; larger requests take slices or mappings of their own.
 pub(crate) const MAX: usize = 64 << 10;
+/// The class behind that of `MAX`, for what a hardened heap makes of such requests.
+pub(crate) const LARGEST: usize = COUNT - 1;
+/// Alignment of its blocks.
+pub(crate) const LARGEST_ALIGN: usize = 1 << size(LARGEST).trailing_zeros();
 /// Alignment that every block has.
 pub(crate) const MIN_ALIGN: usize = 16;
 /// Requests below this size find their class in the fine table, the others in the coarse one.
@@ -103,11 +107,11 @@ mod tests {
         for asked in 1..=MAX {
             let class = of(asked);
             let block = size(class);
-            assert!(class < COUNT && block >= asked, "{asked}");
+            assert!(class < LARGEST && block >= asked, "{asked}");
             assert!(class == 0 || size(class - 1) < asked, "{asked} fits a smaller class");
             assert!(asked < 128 || (block - asked) * 8 <= block, "{asked} wastes in {block}");
         }
-        assert_eq!((size(0), size(COUNT - 1)), (16, MAX));
+        assert_eq!((size(0), size(of(MAX)), of(MAX) + 1), (16, MAX, LARGEST));
     }
 
     #[test]

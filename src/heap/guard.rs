@@ -4,12 +4,13 @@
 //! the paths of other heaps hold nothing that serves this one. Below, blocks take the same ways: caches and spans.
 //! What is different:
 //!
-//! 1. A block is larger than its request by a word at least, and ends in that word: the *live* word of the block while
-//!    a program holds it, its *free* word from the free to the next allocation (`seal`).
-//! 2. A free block in a cache or in quarantine begins with its free word too, or is filled. In a span, words and
-//!    filling may have become zero, when pages were given back.
-//! 3. A free is believed if the registry knows the address as a block's of this hub, a block can begin there, and the
-//!    live word is in place.
+//! 1. A block is larger than its request by a word at least, and ends in that word: its *live* word from the moment a
+//!    program gets it to its free (`seal`), and at no other time. Nobody can guess it, and no other block has the same.
+//! 2. What else a free block holds means nothing to the heap, so nothing is looked at when it is handed out; but a heap
+//!    that is debugged fills what is free, and looks. In a span, the filling may have become zero, when pages were
+//!    given back.
+//! 3. A free is believed if the registry knows the address as a place in a segment of this hub, and the live word of a
+//!    block that begins there is where it would be (1).
 //! 4. A freed block waits in a ring of its class until as many more were freed; the place of a
 //!    large block stays inaccessible until as many more were.
 //!
@@ -28,13 +29,25 @@ use super::seal::{self, SEAL};
 use super::segment::{Segment, segment_of};
 use super::settings::Part;
 use super::span::SINGLE;
-use super::thread::{CACHES, Slot, ThreadHeap};
+use super::thread::{CACHES, Slot, ThreadHeap, bump};
 use super::{SINGLE_MAX, begins_block};
 use crate::source::os;
 
+/// Blocks that come in any order.
+pub(super) const GROUP: u32 = 8;
 /// What the blocks of a debugged heap are filled with.
 const FRESH: u8 = 0xA5;
 const FREED: u8 = 0xDD;
+
+/// Blocks of a class that wait in quarantine: some bytes of them, since each is cold when it comes back, but a few at
+/// least, and less than a cache holds.
+const fn ring_length(class: usize) -> usize {
+    const BYTES: usize = 8 << 10;
+    const LEAST: usize = 4;
+    let (count, most) = (BYTES / class::size(class), class::cache_capacity(class) / 2);
+    let count = if count > LEAST { count } else { LEAST };
+    if count < most { count } else { most }
+}
 
 /// What the paths of a class read and write, on one cache line.
 #[repr(align(64))]
@@ -48,6 +61,7 @@ struct Lane {
     ring_end: Cell<*const Slot>,
     held: AtomicU32,
     size: Cell<u32>,
+    class: Cell<u32>,
 }
 
 /// What a hardened heap has beside the books of any heap.
@@ -92,8 +106,9 @@ impl Guard {
         lane.top.store(bottom.cast_mut(), Ordering::Relaxed);
         lane.limit.set(limit);
         lane.size.set(class::size(class) as u32);
+        lane.class.set(class as u32);
         if self.quarantine.get() {
-            let ring = &self.waiting[CACHES[class]..][..(class::cache_capacity(class) / 2).max(1)];
+            let ring = &self.waiting[CACHES[class]..][..ring_length(class)];
             lane.ring.set(ring.as_ptr());
             lane.ring_end.set(ring.as_ptr_range().end);
             lane.next.set(ring.as_ptr());
@@ -109,46 +124,46 @@ impl Guard {
         self.lanes[class].held.load(Ordering::Relaxed) as usize
     }
 
-    /// A number below `bound`.
-    fn random_below(&self, bound: usize) -> usize {
+    fn random(&self) -> u64 {
         let mut state = self.random.get();
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
         self.random.set(state);
-        ((state >> 32) as usize * bound) >> 32
+        state
     }
 
-    /// Puts slots into any order.
+    /// Puts slots into any order within groups of neighbours, which a cache and a page table still like.
     pub(super) fn shuffle(&self, slots: &[Slot]) {
-        if self.shuffle.get() {
-            for at in (1..slots.len()).rev() {
-                let with = self.random_below(at + 1);
-                let (a, b) = (slots[at].load(Ordering::Relaxed), slots[with].load(Ordering::Relaxed));
-                slots[at].store(b, Ordering::Relaxed);
-                slots[with].store(a, Ordering::Relaxed);
+        if !self.shuffle.get() {
+            return;
+        }
+        for group in slots.chunks(GROUP as usize) {
+            let mut random = self.random();
+            for at in (1..group.len()).rev() {
+                let with = ((random & 0xFF) as usize * (at + 1)) >> 8;
+                random >>= 8;
+                let (a, b) = (group[at].load(Ordering::Relaxed), group[with].load(Ordering::Relaxed));
+                group[at].store(b, Ordering::Relaxed);
+                group[with].store(a, Ordering::Relaxed);
             }
         }
     }
 
-    /// What a freed block is filled with; `None` where it keeps what the program left, but for its words.
+    /// What a freed block is filled with; `None` where it keeps what the program left, but for its last word.
     fn filling(&self) -> Option<u8> {
         if self.zero_on_free.get() { Some(0) } else { self.debug.get().then_some(FREED) }
     }
 
-    /// Marks a block of `size` bytes free whose live word is `live` (1, 2). Here and below `plain` is what the guard says,
-    /// or a constant that makes a shorter path.
+    /// Marks a block free. Here and below `plain` is what the guard says, or a constant that makes a shorter path.
     #[inline(always)]
-    fn seal_free(&self, block: *mut u8, size: usize, live: u64, plain: bool) {
-        let word = seal::free(live);
+    fn seal_free(&self, block: *mut u8, size: usize, plain: bool) {
         // SAFETY: all of the block, which is in the heap's hands.
         unsafe {
-            if plain {
-                seal::write(block.cast(), word);
-            } else {
+            if !plain {
                 self.fill(block, size);
             }
-            seal::write(seal::end(block, size), word);
+            seal::write(seal::end(block, size), seal::FREE);
         }
     }
 
@@ -165,33 +180,22 @@ impl Guard {
         }
     }
 
-    /// Whether the first bytes of a free block are as they were left (2), which is known of a heap that fills them;
-    /// zeroes are as good, since pages may have been given back.
-    #[cold]
-    #[inline(never)]
-    fn is_filled(&self, block: *mut u8, size: usize) -> bool {
+    /// Ends the program unless a free block is as it was left, zeroes aside (2).
+    fn expect_filled(&self, block: *mut u8, size: usize) {
         let left = u64::from_ne_bytes([self.filling().unwrap_or(0); 8]);
         // SAFETY: all of the block, which is in the heap's hands.
-        let words = unsafe { core::slice::from_raw_parts(block.cast::<u64>(), size / 8 - 1) };
-        !self.debug.get() || words.iter().all(|&found| found == left || found == 0)
+        let words = unsafe { core::slice::from_raw_parts(block.cast::<u64>(), size / 8) };
+        let (last, others) = (words[words.len() - 1], &words[..words.len() - 1]);
+        if !(others.iter().all(|&found| found == left || found == 0) && (last == seal::FREE || last == 0)) {
+            fault::written_after_free(block);
+        }
     }
 
     /// A block that was never used, or that is made of memory that was.
     pub(super) fn on_carve(&self, block: *mut u8, size: usize) {
-        self.seal_free(block, size, seal::live(block), self.plain.get());
-    }
-
-    /// A block from a span of which pages were given back (2): what has become zero gets its words again.
-    pub(super) fn on_take(&self, block: *mut u8, size: usize) {
-        let live = seal::live(block);
-        let is_left = |found: u64| found == seal::free(live) || found == 0;
-        // SAFETY: all of the block, which is in the heap's hands.
-        let (first, last) = unsafe { (seal::read(block.cast()), seal::read(seal::end(block, size))) };
-        let first_is_left = if self.plain.get() { is_left(first) } else { self.is_filled(block, size) };
-        if !first_is_left || !is_left(last) {
-            fault::written_after_free(block);
+        if self.debug.get() {
+            self.seal_free(block, size, false);
         }
-        self.seal_free(block, size, live, self.plain.get());
     }
 
     /// Takes a block from the cache and makes it a program's; null when the cache is empty.
@@ -208,23 +212,22 @@ impl Guard {
         block
     }
 
-    /// Makes a block of the cache a program's.
+    /// Makes a free block a program's.
     #[inline(always)]
     fn hand_out(&self, block: *mut u8, size: usize, plain: bool) {
-        let (live, end) = (seal::live(block), seal::end(block, size));
-        // SAFETY: a block of that size that nobody else has.
-        unsafe {
-            let word = seal::free(live);
-            let begins_well =
-                if plain { seal::read(block.cast()) == word } else { self.is_filled(block, size) };
-            if !begins_well || seal::read(end) != word {
-                fault::written_after_free(block);
-            }
-            if !plain && self.debug.get() {
-                block.write_bytes(FRESH, size - SEAL);
-            }
-            seal::write(end, live);
+        if !plain && self.debug.get() {
+            self.refresh(block, size);
         }
+        // SAFETY: a block of that size that nobody else has.
+        unsafe { seal::write(seal::end(block, size), seal::live(block)) };
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn refresh(&self, block: *mut u8, size: usize) {
+        self.expect_filled(block, size);
+        // SAFETY: a block of that size that nobody else has.
+        unsafe { block.write_bytes(FRESH, size - SEAL) };
     }
 
     /// Puts a freed block into quarantine; what leaves it, or null (4).
@@ -256,9 +259,16 @@ impl Guard {
 }
 
 /// The class that serves requests of `class` with their word, if they are aligned as all blocks are: the next, since
-/// classes are further apart than a word.
+/// classes are further apart than a word. The last of all serves no other requests.
 const fn with_word(class: usize) -> usize {
     class + 1
+}
+
+/// The class that serves requests of `size` bytes at a multiple of `align` with their word; `None` if they take a larger
+/// block than any class has.
+fn of_sealed(size: usize, align: usize) -> Option<usize> {
+    let of_others = class::of_layout(size.checked_add(SEAL)?, align);
+    of_others.or_else(|| (size <= class::MAX && align <= class::LARGEST_ALIGN).then_some(class::LARGEST))
 }
 
 /// A block for requests of `class` at a multiple of `align`, if the cache has one and nothing is filled.
@@ -270,12 +280,24 @@ pub(super) fn alloc_cached(guard: &Guard, class: usize, align: usize) -> *mut u8
     }
 }
 
+/// The same for a request of `size` bytes, which are of `class`, whose block will never be freed by a layout: it may be
+/// of that class, too, if that has room for the word.
+#[inline(always)]
+pub(super) fn alloc_cached_exact(guard: &Guard, class: usize, size: usize, align: usize) -> *mut u8 {
+    match guard.lanes.get(class..=with_word(class)) {
+        Some([lane, next]) if align <= MIN_ALIGN && guard.plain.get() => {
+            let has_room = size + SEAL <= lane.size.get() as usize;
+            guard.pop(if has_room { lane } else { next }, true)
+        }
+        _ => ptr::null_mut(),
+    }
+}
+
 impl ThreadHeap {
-    /// A block for requests of `class` at a multiple of `align`, on a hardened heap.
-    pub(super) fn guarded_alloc(&self, guard: &Guard, class: usize, align: usize) -> *mut u8 {
-        let asked = class::size(class);
-        let Some(class) = class::of_layout(asked + SEAL, align) else {
-            return self.guarded_alloc_big(asked, align).0;
+    /// A block for a request of `size` bytes, no more than the largest class has, on a hardened heap.
+    pub(super) fn guarded_alloc(&self, guard: &Guard, size: usize, align: usize) -> *mut u8 {
+        let Some(class) = of_sealed(size, align) else {
+            return self.guarded_alloc_big(size, align).0;
         };
         let plain = guard.plain.get();
         let mut block = guard.pop(&guard.lanes[class], plain);
@@ -303,23 +325,7 @@ impl ThreadHeap {
     /// Frees what a program says is a block, on a hardened heap (3).
     #[inline(never)]
     pub(super) fn guarded_free(&self, guard: &Guard, block: *mut u8) {
-        if guard.plain.get() {
-            self.guarded_free_as(guard, block, true);
-        } else {
-            self.guarded_free_filling(guard, block);
-        }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn guarded_free_filling(&self, guard: &Guard, block: *mut u8) {
-        self.guarded_free_as(guard, block, false);
-    }
-
-    #[inline(always)]
-    fn guarded_free_as(&self, guard: &Guard, block: *mut u8, plain: bool) {
-        let hub = self.hub();
-        if !registry::in_segment(block.addr().wrapping_sub(1), hub) {
+        if !registry::in_segment(block.addr().wrapping_sub(1), self.hub()) {
             return self.guarded_free_large(guard, block);
         }
         // SAFETY: segments stay mapped as long as their hub.
@@ -328,18 +334,39 @@ impl ThreadHeap {
         if class >= SINGLE {
             return self.guarded_free_single(guard, segment, block);
         }
-        let span = segment.span_at(block);
-        if !span.begins_block(block) {
-            fault::invalid_free(block);
+        self.guarded_free_small(guard, class as usize, block);
+    }
+
+    /// Frees what a program says is a block of a span of `class`. The way of a small block of a heap that
+    /// fills nothing calls nothing that comes back, and so saves no registers.
+    #[inline(always)]
+    pub(super) fn guarded_free_small(&self, guard: &Guard, class: usize, block: *mut u8) {
+        let Some(lane) = guard.lanes.get(class) else { return };
+        if guard.plain.get() && lies_in_one_page(block, lane.size.get() as usize) {
+            self.guarded_free_to(guard, lane, block, true);
+        } else {
+            self.guarded_free_far(guard, lane, block);
         }
-        let size = span.size.get() as usize;
-        guard.seal_free(block, size, expect_live(block, size), plain);
-        let Some(lane) = guard.lanes.get(class as usize) else { return };
+    }
+
+    /// A block whose last word is looked at only once it is known to be one of a span's.
+    #[cold]
+    #[inline(never)]
+    fn guarded_free_far(&self, guard: &Guard, lane: &Lane, block: *mut u8) {
+        expect_begin(block);
+        self.guarded_free_to(guard, lane, block, guard.plain.get());
+    }
+
+    #[inline(always)]
+    fn guarded_free_to(&self, guard: &Guard, lane: &Lane, block: *mut u8, plain: bool) {
+        let size = lane.size.get() as usize;
+        expect_live(block, size);
+        guard.seal_free(block, size, plain);
         let block = guard.delay(lane, block);
         if !block.is_null() {
             let top = lane.top.load(Ordering::Relaxed);
             if ptr::eq(top, lane.limit.get()) {
-                return self.guarded_flush(guard, class as usize, block);
+                return self.guarded_flush(lane, block);
             }
             // SAFETY: below the limit there is a slot.
             unsafe {
@@ -349,17 +376,19 @@ impl ThreadHeap {
         }
     }
 
-    /// The cache of `class` is full: gives its older half back to the spans, then takes `block`.
+    /// The cache of a class is full: gives its older half back to the spans, then takes `block`.
     #[cold]
     #[inline(never)]
-    fn guarded_flush(&self, guard: &Guard, class: usize, block: *mut u8) {
+    fn guarded_flush(&self, lane: &Lane, block: *mut u8) {
+        let class = lane.class.get() as usize;
         self.flush_oldest(class, (self.capacity(class) / 2).max(1));
+        bump(&self.tally.flushes, 1);
         self.purge_if_due();
-        let top = guard.lanes[class].top.load(Ordering::Relaxed);
+        let top = lane.top.load(Ordering::Relaxed);
         // SAFETY: there is room now.
         unsafe {
             (*top).store(block, Ordering::Relaxed);
-            guard.lanes[class].top.store(top.add(1), Ordering::Relaxed);
+            lane.top.store(top.add(1), Ordering::Relaxed);
         }
     }
 
@@ -388,12 +417,8 @@ impl ThreadHeap {
             fault::invalid_free(block);
         }
         let size = segment.span_at(block).size.get() as usize;
-        let live = expect_live(block, size);
-        // SAFETY: all of the block, which is in the heap's hands.
-        unsafe {
-            guard.fill(block, size);
-            seal::write(seal::end(block, size), seal::free(live));
-        }
+        expect_live(block, size);
+        guard.seal_free(block, size, false);
         let owned = self.is(segment.head.owner.load(Ordering::Relaxed));
         let leaving = if owned { guard.delay_single(block) } else { Some(block) };
         if let Some(block) = leaving {
@@ -435,26 +460,46 @@ pub(super) fn expect_block(block: *mut u8) {
     expect_live(block, size_with_word(block));
 }
 
-/// The live word of the block of `size` bytes; ends the program unless the block ends in it.
+/// Whether `size` bytes from `block` on lie in one page, which can be read if `block` can. The word at their end then
+/// says whether they are a block (1), without a look into the books.
 #[inline(always)]
-fn expect_live(block: *mut u8, size: usize) -> u64 {
-    let live = seal::live(block);
-    // SAFETY: the place of a block is mapped.
-    let found = unsafe { seal::read(seal::end(block, size)) };
-    if found != live {
-        not_live(block, found, live);
+fn lies_in_one_page(block: *mut u8, size: usize) -> bool {
+    const PAGE: usize = 4096;
+    block.addr() / PAGE == block.wrapping_add(size - 1).addr() / PAGE
+}
+
+/// Ends the program unless a block can begin at `block`, which lies in a span.
+fn expect_begin(block: *mut u8) {
+    // SAFETY: segments stay mapped as long as their hub.
+    if !unsafe { &*segment_of(block) }.span_at(block).begins_block(block) {
+        fault::invalid_free(block);
     }
-    live
+}
+
+/// Ends the program unless the block of `size` bytes ends in its live word.
+#[inline(always)]
+fn expect_live(block: *mut u8, size: usize) {
+    // SAFETY: the place of a block is mapped, and so is the page of any address in it.
+    let found = unsafe { seal::read(seal::end(block, size)) };
+    if found != seal::live(block) {
+        not_live(block, found);
+    }
 }
 
 #[cold]
 #[inline(never)]
-fn not_live(block: *mut u8, found: u64, live: u64) -> ! {
-    if found == seal::free(live) {
-        fault::double_free(block);
+fn not_live(block: *mut u8, found: u64) -> ! {
+    // SAFETY: there are books before the place of a block.
+    let segment = unsafe { &*segment_of(block) };
+    if Large::at(segment).is_none() && !segment.begins_block(block) {
+        fault::invalid_free(block);
     }
-    // Zero is also found where no block was cut yet, or where its page went back since the free.
-    if found == 0 { fault::not_live(block) } else { fault::overflow(block) }
+    match found {
+        seal::FREE => fault::double_free(block),
+        // Also found where no block was cut yet, or where its page went back since the free.
+        0 => fault::not_live(block),
+        _ => fault::overflow(block),
+    }
 }
 
 /// Bytes of a hardened block larger than any class, its last word included.
@@ -466,7 +511,7 @@ fn size_with_word(block: *mut u8) -> usize {
 const _: () = {
     assert!(SINGLE_MAX > class::MAX + SEAL);
     let mut class = 0;
-    while class + 1 < COUNT {
+    while class < class::LARGEST {
         assert!(class::size(class) + SEAL <= class::size(with_word(class)));
         class += 1;
     }

@@ -4,6 +4,7 @@ use core::ptr;
 use core::sync::atomic::Ordering;
 
 use super::class;
+use super::fence;
 use super::segment::{Segment, segment_of};
 use super::settings::Part;
 use super::span::{Place, Span};
@@ -75,9 +76,8 @@ impl ThreadHeap {
         size: usize,
     ) -> &'a Span {
         let idle = segment.idle_bytes();
-        let guard_page = self.hub().settings.guard_page();
-        let span = segment.make_span(first, count, class, size, guard_page);
-        if guard_page > 0 {
+        let span = segment.make_span(first, count, class, size, fence::spare(segment, first, count));
+        if self.hub().settings.has(Part::GuardPages) {
             self.guard_span(segment, span);
         }
         self.pending.set(self.pending.get() - (idle - segment.idle_bytes()));

@@ -145,7 +145,7 @@ pub(crate) fn alloc(hub: &Hub, size: usize, align: usize) -> (*mut u8, bool) {
     if guard > 0 {
         for page in [block.wrapping_sub(guard), base.wrapping_add(len - guard)] {
             // SAFETY: pages of the mapping that are neither the books' nor the block's.
-            NonNull::new(page).map(|page| unsafe { os::protect(page, guard) });
+            NonNull::new(page).map(|page| unsafe { os::fence(page, guard) || os::protect(page, guard) });
         }
     }
     large.enlist();

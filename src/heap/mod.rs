@@ -2,7 +2,7 @@
 //!
 //! | word | meaning |
 //! |---|---|
-//! | class | one of 80 block sizes (`class`) |
+//! | class | one of 81 block sizes (`class`) |
 //! | block | what a program gets |
 //! | span | 1 to 16 slices cut into blocks of one class, or one larger block (`span`) |
 //! | slice | 64 KiB of a segment |
@@ -107,7 +107,15 @@ impl ThreadHeap {
     /// A block of `class` for a request aligned to `align`.
     pub(crate) fn alloc_aligned(&self, class: usize, align: usize) -> *mut u8 {
         match self.guard() {
-            Some(guard) => self.guarded_alloc(guard, class, align),
+            Some(guard) => self.guarded_alloc(guard, class::size(class), align),
+            None => self.alloc(class),
+        }
+    }
+
+    /// A block of `class` for a request of `size` bytes aligned to `align`, which will not be freed by its layout.
+    pub(crate) fn alloc_unsized(&self, class: usize, size: usize, align: usize) -> *mut u8 {
+        match self.guard() {
+            Some(guard) => self.guarded_alloc(guard, size, align),
             None => self.alloc(class),
         }
     }

@@ -3,6 +3,7 @@
 use core::ptr;
 use core::sync::atomic::Ordering;
 
+use super::guard::GROUP;
 use super::segment::{HEADER, SLICE};
 use super::span::{Place, Span};
 use super::thread::{Slot, ThreadHeap, bump};
@@ -38,7 +39,8 @@ impl ThreadHeap {
         let bin = &self.bins[class];
         let most = (self.capacity(class) / 2) as u32;
         let guard = self.guard();
-        let want = if guard.is_none() { (bin.taken.get() / 4).clamp(most.min(4), most) } else { most };
+        let least = if guard.is_none() { 4 } else { GROUP };
+        let want = (bin.taken.get() / 4).clamp(most.min(least), most);
         bin.taken.set(bin.taken.get().saturating_add(want));
         debug_assert_eq!(self.cached_count(class), 0);
         let slots = self.slots(class, want as usize);
@@ -154,17 +156,13 @@ impl ThreadHeap {
 
     fn take_from(&self, span: &Span, filling: &mut Filling<'_>) {
         let unsettled = span.unsettled();
-        let guard = self.guard().filter(|_| span.wiped.get());
-        let taken = if span.discarded.get() == 0 && guard.is_none() {
+        let taken = if span.discarded.get() == 0 {
             span.take(filling.left, |block| filling.put(block))
         } else {
             let (page, mut back) = (os::page_size(), 0);
             let segment = self.segment_of_span(span);
             let taken = span.take(filling.left, |block| {
                 back += segment.revive(span, block as usize, page);
-                if let Some(guard) = guard {
-                    guard.on_take(block, span.size.get() as usize);
-                }
                 filling.put(block);
             });
             bump(&self.tally.committed, back as u64);

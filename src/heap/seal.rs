@@ -1,8 +1,9 @@
-//! Secret words at the ends of blocks, by which a hardened heap tells a live block from a free one and an intact
+//! Secret words at the ends of live blocks, by which a hardened heap tells a live block from a free one and an intact
 //! one from one that was written past its end.
 //!
 //! A word depends on the block's address and on numbers drawn when the process started, so it can neither be
-//! guessed nor carried from one block to another.
+//! guessed nor carried from one block to another. The word of a free block is no secret: who writes it to a live one
+//! only ends the program.
 
 use core::ptr;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -10,19 +11,20 @@ use core::sync::atomic::{AtomicU64, Ordering};
 /// Bytes of a word: what a hardened block is larger than what it is used for.
 pub(crate) const SEAL: usize = 8;
 
-/// The numbers: one for addresses, one by which live and free words differ, and an odd factor.
-static SECRET: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
+/// The last word of a free block, unless its page went back; no live word has a zero as its first byte.
+pub(super) const FREE: u64 = 0xF4EE_D0F4_EED0_F400;
+
+/// The numbers: one for addresses and an odd factor.
+static SECRET: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
 
 /// Draws the numbers, once.
 pub(super) fn draw() {
-    if SECRET[2].load(Ordering::Relaxed) != 0 {
+    if SECRET[1].load(Ordering::Relaxed) != 0 {
         return;
     }
-    let mut numbers = [0u64; 3];
+    let mut numbers = [0u64; 2];
     fill_random(&mut numbers);
-    // Free words differ from live ones, and not in the bit that keeps them from a zero.
-    numbers[1] = (numbers[1] | 2) & !1;
-    numbers[2] |= 1;
+    numbers[1] |= 1;
     for (secret, number) in SECRET.iter().zip(numbers) {
         secret.store(number, Ordering::Relaxed);
     }
@@ -81,15 +83,9 @@ fn mix(mut x: u64) -> u64 {
 /// The last word of a live block.
 #[inline(always)]
 pub(super) fn live(block: *mut u8) -> u64 {
-    let (key, factor) = (SECRET[0].load(Ordering::Relaxed), SECRET[2].load(Ordering::Relaxed));
+    let (key, factor) = (SECRET[0].load(Ordering::Relaxed), SECRET[1].load(Ordering::Relaxed));
     // The product's upper half depends on all of the address; no word has a zero as its first byte.
     (block.addr() as u64 ^ key).wrapping_mul(factor).rotate_left(32) | 1
-}
-
-/// First and last word of a free block whose live word is `live`.
-#[inline(always)]
-pub(super) fn free(live: u64) -> u64 {
-    live ^ SECRET[1].load(Ordering::Relaxed)
 }
 
 /// Where the last word of a block of `size` bytes is.
@@ -104,8 +100,8 @@ pub(super) fn end(block: *mut u8, size: usize) -> *mut u64 {
 /// The eight bytes are mapped.
 #[inline(always)]
 pub(super) unsafe fn read(at: *mut u64) -> u64 {
-    // SAFETY: the caller's contract. Aligned: blocks are multiples of 16 bytes.
-    unsafe { ptr::read(at) }
+    // SAFETY: the caller's contract. What is said to be a block need not be aligned as one.
+    unsafe { ptr::read_unaligned(at) }
 }
 
 /// Writes a word of a block.
@@ -114,7 +110,7 @@ pub(super) unsafe fn read(at: *mut u64) -> u64 {
 /// The eight bytes are mapped and belong to a block in the caller's hands.
 #[inline(always)]
 pub(super) unsafe fn write(at: *mut u64, word: u64) {
-    // SAFETY: as above.
+    // SAFETY: the caller's contract. Aligned: blocks are multiples of 16 bytes.
     unsafe { ptr::write(at, word) }
 }
 
@@ -123,14 +119,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_differ_by_address_and_by_state() {
+    fn words_differ_by_address() {
         draw();
         let mut seen = std::collections::HashSet::new();
         for at in 1..1000usize {
             let block = ptr::without_provenance_mut(at * 16);
-            for word in [live(block), free(live(block))] {
-                assert!(word & 0xFF != 0 && seen.insert(word), "{at}");
-            }
+            assert!(live(block) & 0xFF != 0 && seen.insert(live(block)), "{at}");
         }
         assert_ne!((random_seed(), fallback()), (1, 0));
         assert_ne!(random_seed(), random_seed());

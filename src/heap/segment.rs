@@ -312,7 +312,6 @@ impl Segment {
         span.hint.set(u16::MAX);
         span.place.set(Place::Full);
         span.zeroed.set(zeroed);
-        span.wiped.set(false);
         span
     }
 
@@ -403,7 +402,6 @@ impl Segment {
                 let len = (at - begin) * MIN_PAGE;
                 if discard(self.base().wrapping_add(begin * MIN_PAGE), len) {
                     (begin..at).for_each(|page| self.mark(page));
-                    span.wiped.set(true);
                     span.discarded.set(span.discarded.get() + (at - begin) as u32);
                     given += len;
                 }

@@ -55,8 +55,6 @@ pub(crate) struct Span {
     pub(crate) place: Cell<Place>,
     pub(crate) queued: Cell<bool>,
     pub(crate) zeroed: Cell<bool>,
-    /// Whether pages of it were given back, so that free blocks may have become zero.
-    pub(crate) wiped: Cell<bool>,
     /// Bytes carved, in whole pages.
     pub(crate) committed: Cell<u32>,
     list: Links<Span>,

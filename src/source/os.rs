@@ -4,7 +4,7 @@
 //! nothing that could allocate. [`Os`] is the [`Source`] on top of them.
 
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::{Region, Source};
 use crate::base::bits::{is_aligned, round_up};
@@ -156,6 +156,47 @@ pub unsafe fn commit(base: NonNull<u8>, len: usize) -> Result<()> {
 pub unsafe fn protect(base: NonNull<u8>, len: usize) -> bool {
     // SAFETY: the caller's contract.
     unsafe { libc::mprotect(base.as_ptr().cast(), len, libc::PROT_NONE) == 0 }
+}
+
+/// `madvise` of Linux 6.13: the page table alone makes pages inaccessible, and the kernel's list of mappings stays as
+/// short as it is.
+#[cfg(target_os = "linux")]
+const MADV_GUARD_INSTALL: libc::c_int = 102;
+#[cfg(target_os = "linux")]
+const MADV_GUARD_REMOVE: libc::c_int = 103;
+/// Whether the system took [`fence`] for something it knows.
+static FENCED: AtomicBool = AtomicBool::new(false);
+
+/// Makes pages inaccessible without splitting their mapping; what they hold is lost. False where the system cannot.
+///
+/// # Safety
+/// The pages are mapped, and nobody uses them.
+pub unsafe fn fence(base: NonNull<u8>, len: usize) -> bool {
+    #[cfg(target_os = "linux")]
+    // SAFETY: the caller's contract.
+    if keeping_errno(|| unsafe { libc::madvise(base.as_ptr().cast(), len, MADV_GUARD_INSTALL) == 0 }) {
+        FENCED.store(true, Ordering::Relaxed);
+        return true;
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (base, len);
+    false
+}
+
+/// Makes pages usable that [`fence`] or [`protect`] may have shut, or that were usable all along; returns whether that
+/// worked.
+///
+/// # Safety
+/// The pages belong to a mapping made here.
+pub unsafe fn open(base: NonNull<u8>, len: usize) -> bool {
+    #[cfg(target_os = "linux")]
+    // SAFETY: the caller's contract.
+    let unfenced = !FENCED.load(Ordering::Relaxed)
+        || keeping_errno(|| unsafe { libc::madvise(base.as_ptr().cast(), len, MADV_GUARD_REMOVE) == 0 });
+    #[cfg(not(target_os = "linux"))]
+    let unfenced = true;
+    // SAFETY: the caller's contract.
+    unfenced && keeping_errno(|| unsafe { commit(base, len).is_ok() })
 }
 
 /// Gives the memory behind pages back and makes them inaccessible; returns whether that worked.

@@ -47,8 +47,18 @@ surface! {
     mallinfo2: "mallinfo2" fn() -> [usize; 10];
     mallinfo: "mallinfo" fn() -> [c_int; 10];
     malloc_info: "malloc_info" fn(c_int, *mut libc::FILE) -> c_int;
+    cfree: "cfree" fn(Block);
     libc_malloc: "__libc_malloc" fn(usize) -> Block;
+    libc_calloc: "__libc_calloc" fn(usize, usize) -> Block;
+    libc_realloc: "__libc_realloc" fn(Block, usize) -> Block;
+    libc_reallocarray: "__libc_reallocarray" fn(Block, usize, usize) -> Block;
     libc_free: "__libc_free" fn(Block);
+    libc_memalign: "__libc_memalign" fn(usize, usize) -> Block;
+    libc_posix_memalign: "__posix_memalign" fn(*mut Block, usize, usize) -> c_int;
+    libc_valloc: "__libc_valloc" fn(usize) -> Block;
+    libc_pvalloc: "__libc_pvalloc" fn(usize) -> Block;
+    libc_mallopt: "__libc_mallopt" fn(c_int, c_int) -> c_int;
+    libc_mallinfo: "__libc_mallinfo" fn() -> [c_int; 10];
     new: "_Znwm" fn(usize) -> Block;
     new_array: "_Znam" fn(usize) -> Block;
     new_nothrow: "_ZnwmRKSt9nothrow_t" fn(usize, *const u8) -> Block;
@@ -128,6 +138,8 @@ pub fn run(surface: &Surface) {
         resized_blocks(surface);
         aligned_blocks(surface);
         absurd_requests(surface);
+        errno_of_success(surface);
+        other_names(surface);
         operators(surface);
         questions(surface);
     }
@@ -264,6 +276,71 @@ unsafe fn absurd_requests(s: &Surface) {
     }
 }
 
+/// What succeeds leaves `errno`, also where the heap had to ask the system for memory.
+unsafe fn errno_of_success(s: &Surface) {
+    // SAFETY: see `run`.
+    unsafe {
+        set_errno(77);
+        let mut kept = Vec::new();
+        for size in SIZES {
+            for align in [16, 4096, 2 << 20] {
+                let mut block = std::ptr::null_mut();
+                (s.posix_memalign)(&raw mut block, align, size);
+                kept.extend([
+                    (s.malloc)(size),
+                    (s.calloc)(size, 3),
+                    (s.realloc)((s.malloc)(size), 2 * size + 1),
+                    (s.reallocarray)(std::ptr::null_mut(), 3, size + 1),
+                    (s.memalign)(align, size),
+                    (s.aligned_alloc)(align, size),
+                    (s.valloc)(size),
+                    (s.pvalloc)(size),
+                    (s.new)(size),
+                    block,
+                ]);
+                assert_eq!(errno(), 77, "{size} bytes at {align}");
+            }
+        }
+        assert!(kept.iter().all(|block| !block.is_null()));
+        for block in kept {
+            (s.free)(block);
+            assert_eq!(errno(), 77, "free");
+        }
+        (s.trim)(0);
+        (s.usable)(std::ptr::null_mut());
+    }
+}
+
+/// The names by which glibc is meant are ours as well: blocks go in by one and out by another.
+unsafe fn other_names(s: &Surface) {
+    // SAFETY: see `run`.
+    unsafe {
+        let page = libc::sysconf(libc::_SC_PAGESIZE) as usize;
+        for size in SIZES {
+            let zeroed = (s.libc_calloc)(1, size);
+            let bytes = std::slice::from_raw_parts(zeroed.cast::<u8>(), size);
+            assert!(bytes.iter().all(|byte| *byte == 0));
+            (s.cfree)(filled(s, (s.libc_realloc)(zeroed, size + 1), size + 1, 16, "__libc_realloc"));
+            let array = (s.libc_reallocarray)(std::ptr::null_mut(), size, 1);
+            (s.free)(filled(s, array, size, 16, "__libc_reallocarray"));
+            (s.free)(filled(s, (s.libc_memalign)(64, size), size, 64, "__libc_memalign"));
+            (s.free)(filled(s, (s.libc_valloc)(size), size, page, "__libc_valloc"));
+            (s.free)(filled(s, (s.libc_pvalloc)(size), size, page, "__libc_pvalloc"));
+            let mut block = std::ptr::null_mut();
+            assert_eq!((s.libc_posix_memalign)(&raw mut block, 32, size), 0);
+            (s.libc_free)(filled(s, block, size, 32, "__posix_memalign"));
+        }
+        refused("__libc_calloc", libc::ENOMEM, || (s.libc_calloc)(usize::MAX, 2));
+        let block = (s.malloc)(10);
+        refused("__libc_reallocarray", libc::ENOMEM, || (s.libc_reallocarray)(block, usize::MAX, 2));
+        (s.free)(block);
+        assert_eq!([(s.libc_mallopt)(-3, 1 << 20), (s.libc_mallopt)(12_345, 1)], [1, 0]);
+        let large = (s.malloc)(40 << 20);
+        assert!((s.libc_mallinfo)()[4] >= 40 << 20);
+        (s.free)(large);
+    }
+}
+
 unsafe fn operators(s: &Surface) {
     let nothrow = 0u8;
     let tag = &raw const nothrow;
@@ -297,6 +374,10 @@ unsafe fn questions(s: &Surface) {
         let blocks: Vec<Block> = (0..2000).map(|_| (s.malloc)(5000)).collect();
         let large = (s.malloc)(50 << 20);
         let held = (s.mallinfo2)();
+        // Fields that only mean something of glibc's own lists are zero; what is live and what is not make up the whole.
+        let [_, ordblks, smblks, hblks, _, usmblks, fsmblks, _, _, keepcost] = held;
+        assert_eq!([ordblks, smblks, hblks, usmblks, fsmblks, keepcost], [0; 6], "{held:?}");
+        assert!(held[0] > 0 && held[0] + held[4] <= held[7] + held[8] + (1 << 20), "{held:?}");
         // Bytes of live blocks, and of those with mappings of their own; other threads may be at work.
         assert!(held[7] >= before[7].saturating_sub(20 << 20) + (55 << 20), "{before:?} {held:?}");
         assert!(held[4] >= 50 << 20, "{held:?}");
