@@ -8,8 +8,6 @@ mod children;
 mod conformance;
 #[path = "preload/programs.rs"]
 mod foreign;
-#[path = "programs/limited.rs"]
-mod limited;
 #[path = "programs/mod.rs"]
 mod programs;
 #[path = "preload/watched.rs"]
@@ -22,7 +20,6 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 use conformance::Surface;
-use limited::output_of;
 
 /// Set in the processes that have the library preloaded.
 const PRELOADED: &str = "TEST_IS_PRELOADED";
@@ -41,7 +38,7 @@ fn again(test: &str, more: &[(&str, &str)]) -> Output {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture", "--test-threads", "1"]);
     command.env("LD_PRELOAD", library()).env(PRELOADED, "1").envs(more.iter().copied());
-    output_of(&mut command, "").unwrap()
+    children::output_of(&mut command).unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -206,8 +203,13 @@ fn a_cxx_library_that_came_late_has_its_new_handler_called() {
         let new: extern "C" fn(usize, *const u8) -> *mut c_void =
             std::mem::transmute(libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()));
         assert!(new(usize::MAX / 2, &0).is_null());
+        assert_eq!(HANDLED.load(Ordering::Relaxed), 3, "as often as the handler wants");
+        // Rounded up to the alignment, this is nothing, which the library's own operator takes for what was asked.
+        let name = c"_ZnwmSt11align_val_tRKSt9nothrow_t";
+        let new: extern "C" fn(usize, usize, *const u8) -> *mut c_void =
+            std::mem::transmute(libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()));
+        assert!(new(usize::MAX - 20, 64, &0).is_null());
     }
-    assert_eq!(HANDLED.load(Ordering::Relaxed), 3, "as often as the handler wants");
 }
 
 /// What the process got before any library was initialised.

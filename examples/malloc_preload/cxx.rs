@@ -34,6 +34,12 @@ fn next(name: &CStr) -> *mut c_void {
     }
 }
 
+/// What the C++ library is asked for instead of `size` bytes, which are not to be had: no more than it can round up to
+/// an alignment, since some round to zero, and have that.
+fn within_reason(size: usize) -> usize {
+    size.min(1 << (usize::BITS - 1))
+}
+
 /// The two ways to ask.
 macro_rules! obtain {
     ($size:expr) => {
@@ -62,7 +68,7 @@ macro_rules! throwing {
                 }
                 type Operator = extern "C-unwind" fn(usize $(, throwing!(@usize $align))?) -> *mut c_void;
                 // SAFETY: the symbol's name is its signature.
-                unsafe { std::mem::transmute::<*mut c_void, Operator>(next)(size $(, $align)?) }
+                unsafe { std::mem::transmute::<*mut c_void, Operator>(next)(within_reason(size) $(, $align)?) }
             }
             fail(size $(, $align)?)
         }
@@ -84,7 +90,7 @@ macro_rules! nothrow {
             }
             type Operator = extern "C" fn(usize, $(throwing!(@usize $align),)? *const c_void) -> *mut c_void;
             // SAFETY: the symbol's name is its signature.
-            unsafe { std::mem::transmute::<*mut c_void, Operator>(next)(size, $($align,)? tag) }
+            unsafe { std::mem::transmute::<*mut c_void, Operator>(next)(within_reason(size), $($align,)? tag) }
         }
     )*};
 }

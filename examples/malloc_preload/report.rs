@@ -7,50 +7,6 @@ use memory_pool::{GlobalPool, HeapStats};
 
 use crate::c::set_errno;
 
-/// Text on its way to a file descriptor, through a small buffer on the stack.
-struct Lines {
-    descriptor: c_int,
-    text: [u8; 1024],
-    len: usize,
-}
-
-impl Lines {
-    fn new(descriptor: c_int) -> Self {
-        Self { descriptor, text: [0; 1024], len: 0 }
-    }
-
-    fn flush(&mut self) {
-        let mut rest = &self.text[..self.len];
-        while !rest.is_empty() {
-            // SAFETY: bytes of our own.
-            let written = unsafe { libc::write(self.descriptor, rest.as_ptr().cast(), rest.len()) };
-            // Nothing can be done about a failure.
-            let Ok(written @ 1..) = usize::try_from(written) else { break };
-            rest = &rest[written..];
-        }
-        self.len = 0;
-    }
-}
-
-impl Write for Lines {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for &byte in text.as_bytes() {
-            if self.len == self.text.len() {
-                self.flush();
-            }
-            self.text[self.len] = byte;
-            self.len += 1;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Lines {
-    fn drop(&mut self) {
-        self.flush();
-    }
-}
-
 /// Writes `line` to stderr and aborts.
 pub(crate) fn die(line: &[u8]) -> ! {
     // SAFETY: the line outlives the call.
@@ -68,7 +24,7 @@ fn live(stats: &HeapStats) -> usize {
 /// The table of [`HeapStats`] on stderr.
 #[unsafe(no_mangle)]
 extern "C" fn malloc_stats() {
-    let _ = writeln!(Lines::new(2), "{}", GlobalPool::stats());
+    GlobalPool::print_report();
 }
 
 /// The same as XML, as far as glibc's format has a place for it.

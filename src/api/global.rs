@@ -69,6 +69,11 @@ impl GlobalPool {
         Self::stats().to_string()
     }
 
+    /// The same on stderr, written without allocating: for places where that must not be.
+    pub fn print_report() {
+        heap::stderr::line(format_args!("{}", Self::stats()));
+    }
+
     /// Gives idle memory back to the system now: this thread's and what nobody owns at once, that of other
     /// threads when they next need memory. Returns the bytes given back so far.
     pub fn trim() -> usize {

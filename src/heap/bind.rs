@@ -12,7 +12,6 @@
 
 use core::alloc::Layout;
 use core::ffi::c_void;
-use core::fmt::Write;
 use core::ptr;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -25,7 +24,7 @@ use super::segment::segment_of;
 use super::settings::{self, Part};
 use super::slot;
 use super::span::SINGLE;
-use super::stderr::Stderr;
+use super::stderr;
 use super::thread::{ENDED, Front, ThreadHeap, UNBOUND};
 use crate::base::heap_config::HeapConfig;
 use process::Asker;
@@ -206,8 +205,10 @@ pub(crate) mod process {
             let class = segment.class_at(block);
             if class < SINGLE {
                 // SAFETY: the block is the caller's, and of that class.
-                if !unsafe { front().push(class as usize, block) } {
-                    free_small(class as usize, block);
+                unsafe {
+                    if !front().push(class as usize, block) {
+                        free_small(class as usize, block);
+                    }
                 }
                 return;
             }
@@ -216,13 +217,16 @@ pub(crate) mod process {
         unsafe { free_unsized_slow(block) };
     }
 
-    /// Frees what lies in a span of `class`.
+    /// The same of what lies in a span of `class`.
+    ///
+    /// # Safety
+    /// As for [`free_unsized`].
     #[inline(never)]
-    fn free_small(class: usize, block: *mut u8) {
+    unsafe fn free_small(class: usize, block: *mut u8) {
         if let Some((heap, guard)) = hardened() {
             return heap.guarded_free_small(guard, class, block);
         }
-        // SAFETY: the caller's contract of `free_unsized`.
+        // SAFETY: the caller's contract.
         unsafe { free_unsized_slow(block) };
     }
 
@@ -332,7 +336,7 @@ fn ask_as_program() {
 }
 
 extern "C" fn report_at_exit() {
-    _ = writeln!(Stderr::new(), "memory-pool, at exit:\n{}", process::HUB.snapshot());
+    stderr::line(format_args!("memory-pool, at exit:\n{}", process::HUB.snapshot()));
 }
 
 const NO_KEY: u64 = u64::MAX;

@@ -1,14 +1,12 @@
 //! The end of a program that damaged the heap: one line on stderr, written without allocating, then abort.
 
-use core::fmt::Write;
-
-use super::stderr::Stderr;
+use super::stderr;
 
 /// Writes `what` and the address to stderr and aborts.
 #[cold]
 #[inline(never)]
 pub(super) fn die(what: &str, block: *mut u8) -> ! {
-    _ = writeln!(Stderr::new(), "memory-pool: {what} at {:#x}", block.addr());
+    stderr::line(format_args!("memory-pool: {what} at {:#x}", block.addr()));
     // SAFETY: abort has no preconditions.
     unsafe { libc::abort() }
 }

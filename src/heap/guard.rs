@@ -39,14 +39,16 @@ pub(super) const GROUP: u32 = 8;
 const FRESH: u8 = 0xA5;
 const FREED: u8 = 0xDD;
 
-/// Blocks of a class that wait in quarantine: some bytes of them, since each is cold when it comes back, but a few at
-/// least, and less than a cache holds.
+/// Blocks of a class that wait in quarantine: some bytes of them, since each is cold when it comes back, but one at least
+/// and less than a cache holds.
 const fn ring_length(class: usize) -> usize {
     const BYTES: usize = 8 << 10;
-    const LEAST: usize = 4;
     let (count, most) = (BYTES / class::size(class), class::cache_capacity(class) / 2);
-    let count = if count > LEAST { count } else { LEAST };
-    if count < most { count } else { most }
+    match count {
+        0 => 1,
+        _ if count < most => count,
+        _ => most,
+    }
 }
 
 /// What the paths of a class read and write, on one cache line.

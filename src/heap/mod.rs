@@ -52,7 +52,7 @@ mod slot;
 mod soak;
 mod span;
 pub(crate) mod stats;
-mod stderr;
+pub(crate) mod stderr;
 mod sweep;
 #[cfg(all(test, not(loom)))]
 mod tests;

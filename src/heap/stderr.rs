@@ -1,6 +1,11 @@
 //! Text for stderr from where nothing may be allocated.
 
-use core::fmt;
+use core::fmt::{self, Write};
+
+/// Writes `text` and the end of a line.
+pub(crate) fn line(text: fmt::Arguments<'_>) {
+    _ = writeln!(Stderr::new(), "{text}");
+}
 
 /// Collects text and writes it in as few calls as fit; what cannot be written is dropped.
 pub(super) struct Stderr {

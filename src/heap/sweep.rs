@@ -13,10 +13,6 @@ const SWEPT: usize = 4;
 
 impl ThreadHeap {
     pub(super) fn sweep(&self) {
-        // A hardened heap keeps what was freed from being used again soon; that is its purpose.
-        if self.guard().is_some() {
-            return;
-        }
         for _ in 0..SWEPT {
             let class = self.swept.get();
             self.swept.set((class + 1) % class::COUNT);

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::limited::output_of;
+use crate::children::output_told;
 use crate::{library, text};
 
 /// A program, what it is told, and what it reads.
@@ -74,7 +74,7 @@ fn run(case: &Case, preload: Option<&Path>) -> std::io::Result<(String, String, 
     if let Some(library) = preload {
         command.env("LD_PRELOAD", library);
     }
-    let output = output_of(&mut command, case.input)?;
+    let output = output_told(&mut command, case.input)?;
     Ok((text(&output.stdout), text(&output.stderr), output.status.success()))
 }
 
@@ -106,10 +106,10 @@ fn cxx_programs_catch_what_new_throws() {
     let binary = folder.join("operators");
     let mut compiler = Command::new("g++");
     compiler.args(["-std=c++17", "-O1", "-x", "c++", "-", "-o"]).arg(&binary);
-    match output_of(&mut compiler, PROGRAM) {
+    match output_told(&mut compiler, PROGRAM) {
         Ok(compiled) => {
             assert!(compiled.status.success(), "{}", text(&compiled.stderr));
-            let output = output_of(Command::new(&binary).env("LD_PRELOAD", library()), "").unwrap();
+            let output = output_told(Command::new(&binary).env("LD_PRELOAD", library()), "").unwrap();
             let (out, err) = (text(&output.stdout), text(&output.stderr));
             assert!(output.status.success() && out == "all is well\n", "{}\n{out}\n{err}", output.status);
         }

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 use std::process::{Command, Output};
 
-use crate::limited::output_of;
+use crate::children::output_told;
 use crate::{again, expect_success, library, preloaded, text};
 
 /// Runs a test of this module again, under the layer.
@@ -139,13 +139,13 @@ fn foreign_programs_run_under_the_layer_and_nothing_is_found_in_them() {
     let python = "import json; print(len(json.dumps([{str(i): [i] * 9} for i in range(300)])))";
     let mut ran = 0;
     for (program, arguments) in [("/bin/sh", ["-c", script]), ("python3", ["-c", python])] {
-        let Ok(plain) = output_of(Command::new(program).args(arguments), "") else {
+        let Ok(plain) = output_told(Command::new(program).args(arguments), "") else {
             println!("left out, not on this machine: {program}");
             continue;
         };
         let mut command = Command::new(program);
         command.args(arguments).env("LD_PRELOAD", library());
-        let watched = output_of(command.env("MEMORY_POOL_DEBUG", "canary,fill,quarantine=1M"), "").unwrap();
+        let watched = output_told(command.env("MEMORY_POOL_DEBUG", "canary,fill,quarantine=1M"), "").unwrap();
         assert_eq!(
             (text(&watched.stdout), text(&watched.stderr), watched.status.code()),
             (text(&plain.stdout), text(&plain.stderr), plain.status.code()),
@@ -160,7 +160,7 @@ fn foreign_programs_run_under_the_layer_and_nothing_is_found_in_them() {
 fn nonsense_in_the_environment_is_named_and_the_program_runs() {
     let mut command = Command::new("/bin/sh");
     command.args(["-c", "echo well"]).env("LD_PRELOAD", library()).env("MEMORY_POOL_DEBUG", "everything");
-    let output = output_of(&mut command, "").unwrap();
+    let output = output_told(&mut command, "").unwrap();
     assert_eq!(text(&output.stdout), "well\n");
     let said = text(&output.stderr);
     assert!(said.contains("MEMORY_POOL_DEBUG") && said.contains("nothing is watched"), "{said}");
