@@ -385,6 +385,7 @@ impl ThreadHeap {
         let class = lane.class.get() as usize;
         self.flush_oldest(class, (self.capacity(class) / 2).max(1));
         bump(&self.tally.flushes, 1);
+        self.sweep();
         self.purge_if_due();
         let top = lane.top.load(Ordering::Relaxed);
         // SAFETY: there is room now.
