@@ -29,17 +29,18 @@ pub enum HugeUse {
 
 /// What the process heap does against errors and attacks.
 ///
-/// With any part on, every allocation and every free take a checked path: each block ends in a secret word that an
-/// overflow destroys, a free block carries another one at both ends, and a free is verified to name the start of a
-/// live block. A free that is none, a block freed twice, a block written past its end or after its free end the
-/// program with one line on stderr. What the parts add is beside each.
+/// With any part on, every allocation and every free take a checked path: each live block ends in a secret word that an
+/// overflow destroys, and a free is verified to name the start of a live block. A free that is none, a block freed twice
+/// and a block written past its end end the program with one line on stderr. A write after free meets nothing of the
+/// heap's; [`HeapConfig::debug`] finds it. What the parts add is beside each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct Hardening {
     /// The checked path, with nothing more.
     pub checks: bool,
-    /// Inaccessible pages between spans (64 KiB or more of blocks of one size) and around large blocks.
+    /// Inaccessible pages between spans (64 KiB or more of blocks of one size) and around large blocks. Of memory that
+    /// asks for huge pages one half has none between spans, where they would prevent those.
     pub guard_pages: bool,
-    /// Neighbouring allocations do not get neighbouring blocks.
+    /// Blocks are handed out in any order among a few neighbours.
     pub random_order: bool,
     /// A block is used again only after a number of later frees of its size.
     pub quarantine: bool,
