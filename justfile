@@ -17,6 +17,15 @@ package: (ci "package")
 asan:
     RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_stack_use_after_return=0 cargo +nightly test --lib --test pools --test pool_edges --target x86_64-unknown-linux-gnu --target-dir target/asan -- --skip base::stack --skip observe::tests
 
+# The same over all tests of persistent pools.
+asan-persist:
+    RUSTFLAGS="-Zsanitizer=address" cargo +nightly test --lib --target x86_64-unknown-linux-gnu --target-dir target/asan persist::
+    RUSTFLAGS="-Zsanitizer=address" cargo +nightly test --test persist_api --test persist_faults --test persist_crash --target x86_64-unknown-linux-gnu --target-dir target/asan
+
+# A process killed at random while it works on a persistent pool, again and again.
+kills COUNT="1000":
+    MEMORY_POOL_KILLS={{COUNT}} cargo test --release --test persist_crash -- --nocapture
+
 # Thread sanitizer (nightly). std is not instrumented, so only races in our own code are reported.
 tsan:
     RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" cargo +nightly test --lib --tests --target x86_64-unknown-linux-gnu --target-dir target/tsan

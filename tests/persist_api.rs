@@ -605,3 +605,85 @@ fn closing_in_order_keeps_the_last_of_several_changes() {
         }
     }
 }
+
+#[test]
+fn counts_go_on_across_openings_and_hide_what_was_done_while_off() {
+    let folder = Folder::new("counts");
+    let pool = folder.pool(2 << 20, Durability::ProcessCrash);
+    let pair = |pool: &PersistentPool| {
+        let object = pool.transaction(|tx| tx.alloc([1u64; 8])).unwrap();
+        pool.transaction(|tx| tx.free(object)).unwrap();
+        let block = pool.allocate(Layout::new::<[u64; 8]>()).unwrap();
+        // SAFETY: live, freed once.
+        unsafe { pool.deallocate(block.cast()) };
+    };
+    // The first one registers its type, which stays.
+    pair(&pool);
+    let counts = |pool: &PersistentPool| {
+        let stats = pool.stats();
+        (stats.allocation_count, stats.deallocation_count, stats.total_allocated, stats.current_allocated)
+    };
+    let (allocs, frees, bytes, current) = counts(&pool);
+    assert_eq!((allocs, frees), (3, 2));
+    pool.set_tracking(false);
+    assert!(!pool.is_tracking());
+    pair(&pool);
+    let kept = pool.transaction(|tx| tx.alloc([2u64; 8])).unwrap();
+    assert_eq!(counts(&pool), (allocs, frees, bytes, current + 64), "what is live is no count");
+    pool.set_tracking(true);
+    pair(&pool);
+    assert_eq!(counts(&pool), (allocs + 2, frees + 2, bytes + 128, current + 64));
+    pool.close().unwrap();
+    // The file has counted all of it.
+    let pool = PersistentPool::open(folder.file(), "test v1").unwrap();
+    assert_eq!(counts(&pool), (allocs + 5, frees + 4, bytes + 5 * 64, current + 64));
+    pool.transaction(|tx| tx.free(kept)).unwrap();
+    assert_eq!(counts(&pool), (allocs + 5, frees + 5, bytes + 5 * 64, current));
+}
+
+#[test]
+fn slots_kept_for_one_thread_are_there_for_another_when_the_pool_is_full() {
+    let folder = Folder::new("kept");
+    let pool = folder.pool(1 << 20, Durability::ProcessCrash);
+    let all = |pool: &PersistentPool| {
+        let mut all = Vec::new();
+        while let Ok(object) = pool.transaction(|tx| tx.alloc([1u64; 16])) {
+            all.push(object);
+        }
+        all
+    };
+    let mut first = all(&pool);
+    let count = first.len();
+    assert!(count > 1000, "{count}");
+    // Another thread frees them, keeps some of their slots, and stays.
+    let (freed, may_end) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
+    std::thread::scope(|scope| {
+        let objects = std::mem::take(&mut first);
+        scope.spawn(|| {
+            objects.into_iter().for_each(|object| pool.transaction(|tx| tx.free(object)).unwrap());
+            let one = pool.transaction(|tx| tx.alloc([2u64; 16])).unwrap();
+            pool.transaction(|tx| tx.free(one)).unwrap();
+            freed.wait();
+            may_end.wait();
+        });
+        freed.wait();
+        assert_eq!(all(&pool).len(), count);
+        may_end.wait();
+    });
+    // All of it goes to other types, too.
+    let mut live = Vec::new();
+    pool.read(|r| {
+        r.for_each::<[u64; 16]>(|pointer, _| {
+            live.push(pointer);
+            true
+        })
+    })
+    .unwrap();
+    assert_eq!(live.len(), count);
+    live.into_iter().for_each(|object| pool.transaction(|tx| tx.free(object)).unwrap());
+    let mut pages = 0;
+    while pool.transaction(|tx| tx.alloc([3u64; 512])).is_ok() {
+        pages += 1;
+    }
+    assert!(pages * 4096 > count * 128 * 9 / 10, "{pages} pages");
+}

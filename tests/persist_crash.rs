@@ -60,7 +60,8 @@ fn work(path: &Path) {
     let first = last(&pool) + 1;
     for number in first.. {
         step(&pool, number).unwrap();
-        println!("done {number}");
+        let stats = pool.stats();
+        println!("done {number} {} {}", stats.allocation_count, stats.deallocation_count);
     }
 }
 
@@ -110,8 +111,10 @@ fn kills_lose_nothing_that_was_committed() {
             tx.set_root("text", &PString::new(tx, "")?)
         })
         .unwrap();
+        let before = pool.stats();
         pool.close().unwrap();
-        let (mut reached, mut recovered) = (0, 0);
+        let (mut reached, mut recovered, mut seen) =
+            (0, 0, [before.allocation_count, before.deallocation_count]);
         for round in 0..rounds / 2 + 1 {
             let mut child = Command::new(std::env::current_exe().unwrap())
                 .args(["kills_lose_nothing_that_was_committed", "--exact", "--nocapture"])
@@ -122,9 +125,13 @@ fn kills_lose_nothing_that_was_committed() {
             let output = BufReader::new(child.stdout.take().unwrap());
             let (begun, begins) = std::sync::mpsc::channel();
             let reader = std::thread::spawn(move || {
-                let done = |line: String| line.strip_prefix("done ")?.parse::<u64>().ok();
-                let told = |_: &u64| _ = begun.send(());
-                output.lines().map_while(Result::ok).filter_map(done).inspect(told).last().unwrap_or(0)
+                let done = |line: String| {
+                    let mut numbers =
+                        line.strip_prefix("done ")?.split(' ').map_while(|word| word.parse().ok());
+                    Some([numbers.next()?, numbers.next()?, numbers.next()?])
+                };
+                let told = |_: &[u64; 3]| _ = begun.send(());
+                output.lines().map_while(Result::ok).filter_map(done).inspect(told).last()
             });
             // Most are killed while they work, some while they open the pool.
             if round % 5 != 0 {
@@ -134,13 +141,21 @@ fn kills_lose_nothing_that_was_committed() {
             child.kill().unwrap();
             child.wait().unwrap();
             let told = reader.join().unwrap();
+            let [told, allocs, frees] = told.unwrap_or([0, 0, 0]);
             let report = check(&path).unwrap();
             assert!(report.is_whole() && report.leaked == 0, "round {round}\n{report}");
             let pool = PersistentPool::open(&path, "kill").unwrap();
             recovered += pool.recovered_records();
             let found = last(&pool);
             assert!(found >= told && found <= told.max(reached) + 1, "told {told}, found {found}");
-            reached = found;
+            // All that had returned is counted; of the step under way all, some or nothing.
+            let stats = pool.stats();
+            let counted = [stats.allocation_count, stats.deallocation_count];
+            let least = if told > 0 { [allocs, frees] } else { seen };
+            for (counted, least) in counted.into_iter().zip(least) {
+                assert!((least..=least + 24).contains(&counted), "told {told}: {counted}, {least} at least");
+            }
+            (reached, seen) = (found, counted);
             pool.close().unwrap();
         }
         assert!(reached > rounds, "the child did only {reached} steps");

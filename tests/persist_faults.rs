@@ -287,3 +287,84 @@ fn a_second_writer_is_refused_in_this_process_and_in_another() {
     drop(readers);
     PersistentPool::open(&path, "faults").unwrap();
 }
+
+#[test]
+fn a_read_only_file_system_says_what_helps() {
+    if let Some(folder) = in_child() {
+        let path = folder.join("pool");
+        let error = PersistentPool::open(&path, "faults").unwrap_err().to_string();
+        assert!(error.contains("os error 30") && error.contains("open_read_only"), "{error}");
+        let made = create(&folder.join("new"), 1 << 20, Durability::Power).unwrap_err().to_string();
+        assert!(made.contains("os error 30"), "{made}");
+        let pool = PersistentPool::open_read_only(&path, "faults").unwrap();
+        holds(&pool, 1);
+        assert!(pool.backup(folder.join("copy")).is_err());
+        let elsewhere = std::env::temp_dir().join(format!("memory-pool-erofs-copy-{}", std::process::id()));
+        pool.backup(&elsewhere).unwrap();
+        drop(pool);
+        assert!(check(&path).unwrap().is_whole());
+        holds(&PersistentPool::open(&elsewhere, "faults").unwrap(), 1);
+        std::fs::remove_file(&elsewhere).unwrap();
+        println!("read only");
+        return;
+    }
+    let folder = Folder::new("erofs");
+    let pool = create(&folder.0.join("pool"), 1 << 20, Durability::ProcessCrash).unwrap();
+    pool.transaction(|tx| tx.alloc([1u64; 512]).map(drop)).unwrap();
+    pool.close().unwrap();
+    let place = folder.0.display();
+    let mount =
+        format!("mount --bind '{place}' '{place}' && mount -o remount,ro,bind '{place}' && exec \"$@\"");
+    for how in [["unshare", "-Urm"], ["unshare", "-m"]] {
+        let probe = Command::new(how[0]).arg(how[1]).args(["sh", "-c", &mount, "sh", "true"]).output();
+        if probe.is_ok_and(|output| output.status.success()) {
+            let before = [how[0], how[1], "sh", "-c", &mount, "sh"];
+            let (fine, said) = child(&before, "a_read_only_file_system_says_what_helps", &folder.0);
+            assert!(fine && said.contains("read only"), "{said}");
+            return;
+        }
+    }
+    println!("no file system could be mounted: not tested here");
+}
+
+#[test]
+fn a_sparse_copy_is_a_pool() {
+    use std::os::unix::fs::MetadataExt;
+    let folder = Folder::new("sparse");
+    let path = folder.0.join("pool");
+    for durability in [Durability::ProcessCrash, Durability::Power] {
+        let pool = create(&path, 8 << 20, durability).unwrap();
+        // Zeros are what a copy makes holes of, also where objects lie.
+        for fill in [0u64, 1, 0] {
+            pool.transaction(|tx| (0..100).try_for_each(|_| tx.alloc([fill; 512]).map(drop))).unwrap();
+        }
+        let backup = folder.0.join("backup");
+        pool.backup(&backup).unwrap();
+        pool.close().unwrap();
+        let sparse = folder.0.join("sparse");
+        let copied = Command::new("cp").arg("--sparse=always").args([&path, &sparse]).status();
+        if !copied.is_ok_and(|status| status.success()) {
+            std::fs::copy(&path, &sparse).unwrap();
+        }
+        for copy in [&backup, &sparse] {
+            let metadata = std::fs::metadata(copy).unwrap();
+            assert!(metadata.blocks() * 512 < metadata.len() / 2, "{} blocks", metadata.blocks());
+            assert!(check(copy).unwrap().is_whole());
+            let pool = PersistentPool::open(copy, "faults").unwrap();
+            holds(&pool, 300);
+            // In the holes, too.
+            let mut all = Vec::new();
+            let list = |pointer, _: &[u64; 512]| {
+                all.push(pointer);
+                true
+            };
+            pool.read(|r| r.for_each::<[u64; 512]>(list)).unwrap();
+            pool.transaction(|tx| all.iter().try_for_each(|pointer| tx.set(pointer, [9; 512]))).unwrap();
+            pool.transaction(|tx| (0..100).try_for_each(|_| tx.alloc([3u64; 512]).map(drop))).unwrap();
+            pool.close().unwrap();
+            holds(&PersistentPool::open(copy, "faults").unwrap(), 400);
+            std::fs::remove_file(copy).unwrap();
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
+}

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use super::format::{LANE_SIZE, LOG, ShortHead};
+use super::format::{Counter, LANE_SIZE, LOG, ShortHead};
 use super::trace::Event;
 use super::*;
 
@@ -74,6 +74,9 @@ fn state(pool: &PersistentPool) -> State {
                 others.push((name, huge.iter().map(|&byte| u64::from(byte)).sum()));
             } else if let Ok(number) = r.root::<u64>(&name) {
                 others.push((name, *number));
+            } else if let Ok(link) = r.root::<PBox<u64>>(&name) {
+                let linked = if link.is_null() { 0 } else { *r.get(&link)? };
+                others.push((name, linked));
             } else if let Ok(text) = r.root_handle::<PString>(&name) {
                 others.push((text.as_str(r)?.to_owned(), 0));
             } else if let Ok(numbers) = r.root_handle::<PVec<u64>>(&name) {
@@ -143,6 +146,46 @@ const STEPS: &[Step] = &[
         })
     },
     |pool| pool.transaction(|tx| tx.root_mut::<u64>("number").map(|mut number| *number = 6)),
+    // Short transactions: an object alone; a link alone; an object and a link to it, or the end of both.
+    |pool| pool.transaction(|tx| tx.alloc([5u16; 50]).map(drop)),
+    |pool| {
+        let mut found = None;
+        pool.read(|r| r.for_each::<[u16; 50]>(|pointer, _| found.replace(pointer).is_some()))?;
+        pool.transaction(|tx| tx.free(found.unwrap()))
+    },
+    |pool| {
+        pool.transaction(|tx| {
+            let link = tx.alloc(PBox::<u64>::null())?;
+            tx.set_root("link", &link)
+        })
+    },
+    |pool| {
+        pool.transaction(|tx| {
+            let link = tx.root_handle::<PBox<PBox<u64>>>("link")?;
+            *tx.get_mut(&link)? = tx.alloc(77u64)?;
+            Ok(())
+        })
+    },
+    |pool| {
+        pool.transaction(|tx| {
+            let number = tx.root_handle::<PBox<u64>>("number")?;
+            *tx.root_mut::<PBox<u64>>("link")? = number;
+            Ok(())
+        })
+    },
+    |pool| {
+        pool.transaction(|tx| {
+            let link = tx.root_handle::<PBox<PBox<u64>>>("link")?;
+            *tx.get_mut(&link)? = tx.alloc(78u64)?;
+            Ok(())
+        })
+    },
+    |pool| {
+        pool.transaction(|tx| {
+            let mut link = tx.root_mut::<PBox<u64>>("link")?;
+            tx.free(core::mem::take(&mut *link))
+        })
+    },
     // An object larger than a lane, then a change of all of it: the record goes outside the log.
     |pool| {
         pool.transaction(|tx| {
@@ -235,6 +278,15 @@ struct Run {
     ends: Vec<usize>,
     /// What the pool held before the first step and after each.
     states: Vec<State>,
+    /// What it had counted by then.
+    counts: Vec<[u64; 4]>,
+}
+
+const COUNTERS: [Counter; 4] = [Counter::Transactions, Counter::Allocations, Counter::Frees, Counter::Bytes];
+
+/// The counters in the file.
+fn counts(pool: &PersistentPool) -> [u64; 4] {
+    COUNTERS.map(|counter| pool.inner.stored(counter))
 }
 
 fn record(folder: &Folder, durability: Durability) -> Run {
@@ -242,13 +294,15 @@ fn record(folder: &Folder, durability: Durability) -> Run {
     let config = PersistentConfig::new(1500 << 10).layout("crash").durability(durability);
     let pool = PersistentPool::create(&path, config).unwrap();
     let base = fs::read(&path).unwrap();
-    let mut run = Run { base, events: Vec::new(), ends: Vec::new(), states: vec![state(&pool)] };
+    let (states, counts_before) = (vec![state(&pool)], vec![counts(&pool)]);
+    let mut run = Run { base, events: Vec::new(), ends: Vec::new(), states, counts: counts_before };
     let trace = &pool.inner.media.trace;
     trace.start();
     for step in STEPS {
         step(&pool).unwrap();
         run.ends.push(trace.count());
         run.states.push(state(&pool));
+        run.counts.push(counts(&pool));
     }
     // The last state holds while the pool is closed, too.
     super::pool::shut(&pool.inner).unwrap();
@@ -286,6 +340,11 @@ impl Run {
             self.states[before],
             self.states[after]
         );
+        // All that had returned is counted, and of what was under way all, some or nothing.
+        for (i, found) in counts(&pool).into_iter().enumerate() {
+            let allowed = [self.counts[before][i], self.counts[after][i]];
+            assert!(allowed.contains(&found), "{what}, event {happened}: {:?} {found}", COUNTERS[i]);
+        }
         pool.transaction(|tx| push(tx, 1000)).unwrap();
         assert_eq!(state(&pool).0[0], 1000);
         pool.close().unwrap();
@@ -340,6 +399,85 @@ fn a_power_failure_leaves_before_or_after_in_any_order_of_writing_back() {
 }
 
 /// Opening finishes what the crash left and clears the log; the power may fail again meanwhile.
+/// What persistent memory may hold after a power failure.
+#[derive(Default)]
+struct Lines {
+    /// Words that were stored and are not known to have arrived, and what was stored there since they had.
+    pending: BTreeMap<u64, Vec<(usize, [u8; 8])>>,
+    /// When words were flushed last, since the last fence.
+    flushed: BTreeMap<u64, usize>,
+}
+
+impl Lines {
+    fn event(&mut self, durable: &mut [u8], number: usize, event: &Event) {
+        match event {
+            Event::Store { at, bytes } => {
+                for (i, word) in bytes.chunks(8).enumerate() {
+                    let place = at / 8 * 8 + i as u64 * 8;
+                    let mut value = [0; 8];
+                    value[..word.len()].copy_from_slice(word);
+                    self.pending.entry(place).or_default().push((number, value));
+                }
+            }
+            Event::Flush { at, len } => {
+                let lines = at / 64 * 64..(at + *len as u64).next_multiple_of(64);
+                for (&place, _) in self.pending.range(lines) {
+                    self.flushed.insert(place, number);
+                }
+            }
+            Event::Fence => {
+                for (place, flush) in core::mem::take(&mut self.flushed) {
+                    let Some(stores) = self.pending.get_mut(&place) else { continue };
+                    let arrived = stores.partition_point(|&(store, _)| store < flush);
+                    if let Some((_, value)) = stores[..arrived].last() {
+                        durable[place as usize..][..8].copy_from_slice(value);
+                    }
+                    stores.drain(..arrived);
+                    if stores.is_empty() {
+                        self.pending.remove(&place);
+                    }
+                }
+            }
+            Event::Sync => {}
+        }
+    }
+
+    /// Each word as it was after any of the stores that may have arrived.
+    fn crash(&self, durable: &[u8], mut choose: impl FnMut(usize) -> usize) -> Vec<u8> {
+        let mut image = durable.to_vec();
+        for (&place, stores) in &self.pending {
+            if let Some(store) = choose(stores.len() + 1).checked_sub(1) {
+                image[place as usize..][..8].copy_from_slice(&stores[store].1);
+            }
+        }
+        image
+    }
+}
+
+#[test]
+fn a_power_failure_on_persistent_memory_leaves_before_or_after() {
+    let folder = Folder::new("dax");
+    super::trace::ANY_FILE_FOR_DAX.set(true);
+    let run = record(&folder, Durability::Dax);
+    super::trace::ANY_FILE_FOR_DAX.set(false);
+    let mut random = Random(0xA24B_AED4_963E_E407);
+    let (mut durable, mut lines) = (run.base.clone(), Lines::default());
+    for (number, event) in run.events.iter().enumerate() {
+        // Between fences what is pending only grows.
+        if *event == Event::Fence {
+            run.check(&folder, &durable, number, "none");
+            run.check(&folder, &lines.crash(&durable, |all| all - 1), number, "all");
+            for _ in 0..rounds(2) {
+                let image = lines.crash(&durable, |all| random.below(all));
+                run.check(&folder, &image, number, "random words");
+            }
+        }
+        lines.event(&mut durable, number, event);
+    }
+    // Nothing was forgotten: what is pending at the end is no more than the last commit's clearing.
+    assert!(lines.pending.len() < 32, "{} words never flushed", lines.pending.len());
+}
+
 #[test]
 fn a_power_failure_during_recovery_is_recovered() {
     let folder = Folder::new("power-again");
@@ -365,6 +503,7 @@ fn a_power_failure_during_recovery_is_recovered() {
             events: pool.inner.media.trace.stop(),
             ends: Vec::new(),
             states: vec![found],
+            counts: vec![counts(&pool)],
         };
         // What follows the last sync of the opening.
         again.events.push(Event::Fence);

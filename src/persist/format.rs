@@ -1,4 +1,5 @@
-//! The file, byte by byte. Everything is little-endian; offsets count from the start of the file.
+//! The file, byte by byte. Everything is little-endian; offsets count from the start of the file; words have 8 bytes and
+//! lie at multiples of 8. What is called zero is written as zero; whoever reads need not check it unless that is said.
 //!
 //! ```text
 //! 0x0000  header               4 KiB   written at create and at grow, never else
@@ -6,7 +7,23 @@
 //! 0x2000  super page           4 KiB   heads of the lists, counters
 //! 0x3000  unused               4 KiB   zero
 //! 0x4000  log                  lane count × lane size
-//!         zone 0, zone 1, …    back to back to the end of the file
+//!         zone 0, zone 1, …    back to back; the first begins where the log ends
+//! ```
+//!
+//! The file has at least the length at which the last zone ends; what is behind is ignored.
+//!
+//! **Checksum** of words with a seed; arithmetic is modulo 2⁶⁴:
+//!
+//! ```text
+//! sum = 0;  place = seed XOR 0x6D706F6F6C73756D
+//! for each word:
+//!     mixed = (word XOR place) × 0x9E3779B97F4A7C15
+//!     mixed = mixed XOR (mixed >> 32)
+//!     sum   = (sum rotated left by 7) + mixed
+//!     place = place + 0xD1B54A32D192ED03
+//! mixed = (sum XOR (place >> 32)) × 0xD6E8FEB86659FD93
+//! mixed = mixed XOR (mixed >> 29)
+//! the checksum is mixed, or 1 where that is 0
 //! ```
 //!
 //! **Header**
@@ -16,71 +33,115 @@
 //! | 0 | 8 | magic, `MEMPOOL` and 0x1A |
 //! | 8 | 4 | endianness mark, 0x01020304 |
 //! | 12 | 4 | size of the header, 4096 |
-//! | 16 | 4 + 4 | version, major and minor |
-//! | 24 | 8 | features that any program may ignore |
-//! | 32 | 8 | features without which a program must not open the file |
-//! | 40 | 8 | features without which a program must not write to the file |
+//! | 16 | 4 + 4 | version, major (1) and minor (0): another major is another format, another minor is not |
+//! | 24 | 8 | features that any program may ignore; none exist |
+//! | 32 | 8 | features without which a program must not open the file; none exist |
+//! | 40 | 8 | features without which a program must not write to the file; none exist |
 //! | 48 | 8 | identity, random, not 0 |
 //! | 56 | 8 | time of creation, seconds since 1970 |
 //! | 64 | 4 | size of a chunk, 65536 |
-//! | 68 | 4 + 4 | size of a lane, count of lanes |
+//! | 68 | 4 + 4 | size of a lane, 4096; count of lanes, 1 to 64 |
 //! | 76 | 4 | count of zones, 1 to 128 |
-//! | 80 | 8 | generation: counts the writings of the header; the higher of two whole copies is right |
-//! | 96 | 2 | length of the layout name |
-//! | 98 | 1 | durability it was made with: 0 power, 1 process crash, 2 DAX |
+//! | 80 | 8 | generation: counts the writings of the header; of two whole copies the higher one is right |
+//! | 88 | 8 | zero |
+//! | 96 | 2 | length of the layout name, 0 to 128 |
+//! | 98 | 1 | durability it was made with: 0 power, 1 process crash, 2 DAX; any other is taken for 0 |
+//! | 99 | 5 | zero |
 //! | 104 | 128 | layout name, UTF-8, then zero |
-//! | 256 | 128 × 16 | zones: start (8), chunks (4), zero (4) |
-//! | 4088 | 8 | checksum of bytes 0 to 4088 |
+//! | 232 | 24 | zero |
+//! | 256 | 128 × 16 | zones: start (8), chunks (4), zero (4); then zero |
+//! | 4088 | 8 | checksum of bytes 0 to 4088, seed 0 |
 //!
-//! **Super page**: words of 8 bytes; each changes alone and is checked when it is used.
+//! **Super page**: words; each changes alone and is checked when it is used.
 //!
 //! | offset | word |
 //! |---|---|
-//! | 0 | first root record, or 0 |
-//! | 8 | first type record, or 0 |
-//! | 16 | 1 if closed in order |
-//! | 24 … | [counters](Counter): openings, recoveries, transactions, allocations, frees, bytes allocated |
+//! | 0 | offset of the first root record, or 0 |
+//! | 8 | offset of the first type record, or 0 |
+//! | 16 | 1 if closed in order, 0 while open for writing |
+//! | 24 | openings for writing |
+//! | 32 | openings that applied records of the log |
+//! | 40 | transactions |
+//! | 48 | objects allocated |
+//! | 56 | objects freed |
+//! | 64 | bytes allocated, slots counted whole |
+//!
+//! The last four are stored when a transaction is applied, or under power before the sync that makes it durable; so after a
+//! crash they count all that had returned, and of what was under way all, some or nothing.
 //!
 //! **Lane**: a record; see [`journal`](super::journal) for its use. Where no sync is waited for and it fits, a short
 //! one:
 //!
 //! | offset | size | field |
 //! |---|---|---|
-//! | 0 | 8 | checksum of the word at 8 and the body, begun with the identity XOR the number of the lane |
-//! | 8 | 8 | bit 63: set; bits 52 to 61: words in the body, 1 to 510; bits 0 to 51: sequence number |
+//! | 0 | 8 | checksum of the word at 8 and the body; seed: the identity XOR the number of the lane |
+//! | 8 | 8 | bit 63: 1; bit 62: 0; bits 52 to 61: words in the body, 1 to 510; bits 0 to 51: sequence number |
 //! | 16 | | body |
 //!
 //! Else a header of 64 bytes, then the body:
 //!
 //! | offset | size | field |
 //! |---|---|---|
-//! | 0 | 8 | checksum of bytes 8 to 56, begun with the identity XOR the number of the lane |
+//! | 0 | 8 | checksum of bytes 8 to 56; seed: the identity XOR the number of the lane |
 //! | 8 | 8 | sequence number, below 2⁶³; 0 for no record |
 //! | 16 | 8 | every record up to this number is in place for good |
-//! | 24 | 8 | checksum of the body, begun with the identity |
-//! | 32 | 8 | length of the body in bytes, a multiple of 8 |
+//! | 24 | 8 | checksum of the body; seed: the identity |
+//! | 32 | 8 | length of the body in bytes, a multiple of 8, not 0 |
 //! | 40 | 8 | where the body is, if it did not fit into the lane; else 0 |
 //! | 48 | 8 | the first sequence number of those that were synced together; 0 where nothing is synced |
 //! | 56 | 8 | unused |
 //!
-//! A body is a row of operations: one word `kind | length << 32`, one word of offset, then the operands.
+//! A lane whose word at 8 is 0 is empty. A record with a wrong checksum was not written to its end and counts as none. A
+//! body is a row of operations: one word `kind | length << 32` (the length is 0 but for kinds 4 and 6), one word of offset,
+//! then the operands.
 //!
 //! | kind | operands | effect |
 //! |---|---|---|
 //! | 1 | value | the word at offset becomes the value |
 //! | 2 | mask | bits of the word are set |
 //! | 3 | mask | bits of the word are cleared |
-//! | 4 | bytes, padded to 8 | `length` bytes are written |
-//! | 6 | checksum | none; but the record counts only if `length` bytes at offset have that checksum |
+//! | 4 | bytes, a multiple of 8 | `length` bytes are written |
 //! | 5 | bitmap, word 0, word 1 | unless the table entry at offset is (word 0, word 1) already: clears the bitmap, then sets it |
+//! | 6 | checksum | none; but the record counts only if `length` bytes at offset have that checksum, with the offset as seed |
+//!
+//! They lie in the super page or behind the log. Kind 6 is asked only of the records with the highest number at 48.
 //!
 //! **Zone**: a table of 16 bytes a chunk, then bitmaps of 256 bytes a chunk, then (from the next multiple of
-//! 64 KiB) the chunks. Table entry: word 0 is `kind (8 bits) | chunks (24 bits) | slot size (32 bits)`, word 1
-//! the fingerprint of the type. Kind 0: free. Kind 1: a run of slots; bit `i` of its bitmap says that slot `i`
-//! is live. Kind 2: one object over all its chunks. Only the first chunk of a run or an object has an entry;
-//! the entries of the others are zero.
+//! 64 KiB of the file) the chunks, each of 64 KiB. Table entry:
+//!
+//! | offset | size | field |
+//! |---|---|---|
+//! | 0 | 1 | kind |
+//! | 1 | 3 | chunks that the run or object covers |
+//! | 4 | 4 | size of a slot; 0 but for runs |
+//! | 8 | 8 | fingerprint of the type of what is in it |
+//!
+//! Kind 0: free; its first 8 bytes are 0. Kind 1: a run of slots, one after another from the start of its first chunk, as
+//! many as are whole and at most 2048; a slot has a multiple of 8 bytes, 32 at least. Bit `i % 64` of word `i / 64` of the
+//! bitmap of the first chunk says that slot `i` is live; the bits behind the last slot are 0. Kind 2: one object over all its
+//! chunks. Only the first chunk of a run or an object has an entry; the entries of the others are zero.
+//!
+//! **Fingerprints**: 1 for blocks without a type, 2 for root records, 3 for type records. Of a type: the checksum, with its
+//! size as seed, of its alignment and then the bytes of its name, a word each; with bit 63 set. Names have no module paths.
+//!
+//! **Root record**: next (0 ends the list), offset of the target (0: removed), fingerprint of the target, length of the
+//! name, the name in UTF-8, padded with zeros.
+//!
+//! **Type record**: next, fingerprint; size (4) and alignment (4); stride (4) and offset (4) of elements, 0 where it has
+//! none; length of the name (4) and count of pointers (4); the name in UTF-8, padded to words with zeros; for each pointer
+//! a word of its offset in the type (in the element where there are such) and the fingerprint of its target.
+//!
+//! **Pointer** in an object: the identity of the pool, the offset; null where the offset is 0. **Vector**: offset of its
+//! block, zero. Block of elements: their count, zero, then from the stride's offset (16, or the alignment if that is more)
+//! the elements; its fingerprint is that of `[name]` with size and alignment of an element. **Text**: a vector of bytes in
+//! UTF-8. **Map**: offset of its block, count of entries, count of slots that are not empty, seed of the hash; a block of
+//! slots: a word of state (0 never used, 1 removed, else the hash of the key with bit 1 set), key, value.
 
-use crate::base::error::{Error, Result};
+mod checksum;
+mod header;
+
+pub(crate) use checksum::Checksum;
+pub(crate) use header::Header;
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"MEMPOOL\x1a");
@@ -133,45 +194,6 @@ pub(crate) mod internal {
     pub(crate) const TYPE: u64 = 3;
     /// Never on disk: scratch blocks are only ever reserved.
     pub(crate) const SCRATCH: u64 = 4;
-}
-
-/// Checksum of words: each is mixed by itself, with its place, and the sum of them is turned by 7 bits a word.
-/// So each word's part in it is a bijection of the word, and damage within one never goes unseen; and no word
-/// waits for the multiplications of the one before.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Checksum {
-    sum: u64,
-    place: u64,
-}
-
-impl Checksum {
-    #[inline]
-    pub(crate) const fn new(seed: u64) -> Self {
-        Self { sum: 0, place: seed ^ 0x6D70_6F6F_6C73_756D }
-    }
-
-    #[inline]
-    pub(crate) const fn add(self, word: u64) -> Self {
-        let mixed = (word ^ self.place).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let mixed = mixed ^ mixed >> 32;
-        Self {
-            sum: self.sum.rotate_left(7).wrapping_add(mixed),
-            place: self.place.wrapping_add(0xD1B5_4A32_D192_ED03),
-        }
-    }
-
-    /// Never 0, so that a zeroed place has no valid checksum.
-    #[inline]
-    pub(crate) const fn finish(self) -> u64 {
-        let mixed = (self.sum ^ self.place >> 32).wrapping_mul(0xD6E8_FEB8_6659_FD93);
-        let mixed = mixed ^ mixed >> 29;
-        if mixed == 0 { 1 } else { mixed }
-    }
-
-    #[inline]
-    pub(crate) fn of(seed: u64, words: &[u64]) -> u64 {
-        words.iter().fold(Self::new(seed), |sum, &word| sum.add(word)).finish()
-    }
 }
 
 /// The second word of a short record.
@@ -304,206 +326,9 @@ impl Entry {
     }
 }
 
-/// What the header says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
-    pub(crate) compat: u64,
-    pub(crate) incompat: u64,
-    pub(crate) ro_compat: u64,
-    pub(crate) identity: u64,
-    pub(crate) created: u64,
-    pub(crate) lanes: u32,
-    pub(crate) generation: u64,
-    pub(crate) layout: String,
-    pub(crate) zones: Vec<Zone>,
-    pub(crate) minor: u32,
-    pub(crate) durability: u8,
-}
-
-/// Features this version knows; none exist yet.
-const KNOWN_INCOMPAT: u64 = 0;
-const KNOWN_RO_COMPAT: u64 = 0;
-
-impl Header {
-    pub(crate) fn log_end(&self) -> u64 {
-        LOG + u64::from(self.lanes) * LANE_SIZE
-    }
-
-    pub(crate) fn file_len(&self) -> u64 {
-        self.zones.last().map_or(self.log_end(), Zone::end)
-    }
-
-    pub(crate) fn lane(&self, lane: u32) -> u64 {
-        LOG + u64::from(lane) * LANE_SIZE
-    }
-
-    /// Whether a program of this version may write to such a file.
-    pub(crate) fn writable(&self) -> bool {
-        self.ro_compat & !KNOWN_RO_COMPAT == 0
-    }
-
-    pub(crate) fn encode(&self) -> Box<[u8; PAGE as usize]> {
-        let mut page = Box::new([0u8; PAGE as usize]);
-        let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, &MAGIC.to_le_bytes());
-        put(8, &ENDIAN_MARK.to_le_bytes());
-        put(12, &(PAGE as u32).to_le_bytes());
-        put(16, &VERSION.0.to_le_bytes());
-        put(20, &self.minor.to_le_bytes());
-        put(24, &self.compat.to_le_bytes());
-        put(32, &self.incompat.to_le_bytes());
-        put(40, &self.ro_compat.to_le_bytes());
-        put(48, &self.identity.to_le_bytes());
-        put(56, &self.created.to_le_bytes());
-        put(64, &(CHUNK as u32).to_le_bytes());
-        put(68, &(LANE_SIZE as u32).to_le_bytes());
-        put(72, &self.lanes.to_le_bytes());
-        put(76, &(self.zones.len() as u32).to_le_bytes());
-        put(80, &self.generation.to_le_bytes());
-        put(96, &(self.layout.len() as u16).to_le_bytes());
-        put(98, &[self.durability]);
-        put(104, self.layout.as_bytes());
-        for (i, zone) in self.zones.iter().enumerate() {
-            put(256 + 16 * i, &zone.start.to_le_bytes());
-            put(264 + 16 * i, &zone.chunks.to_le_bytes());
-        }
-        let sum = header_sum(&page[..]);
-        page[4088..].copy_from_slice(&sum.to_le_bytes());
-        page
-    }
-
-    /// Reads one copy of the header, at offset `at` of a file of `file_len` bytes. Every field is checked.
-    pub(crate) fn decode(page: &[u8], at: u64, file_len: u64) -> Result<Self> {
-        let bad = |field: u64, what, found: u64| Err(Error::corrupt(at + field, what, found));
-        let u32_at = |o: usize| u32::from_le_bytes(page[o..o + 4].try_into().unwrap_or_default());
-        let u64_at = |o: usize| u64::from_le_bytes(page[o..o + 8].try_into().unwrap_or_default());
-        if page.len() != PAGE as usize {
-            return bad(0, "a header of 4096 bytes: this is no pool, or a truncated one", page.len() as u64);
-        }
-        if u64_at(0) != MAGIC {
-            return bad(0, "the magic of a pool (MEMPOOL, 0x1A): this file is something else", u64_at(0));
-        }
-        if u32_at(8) != ENDIAN_MARK {
-            return bad(8, "the endianness mark 0x1020304", u32_at(8).into());
-        }
-        if u64_at(4088) != header_sum(page) {
-            return bad(4088, "the header's checksum: run memory-pool check, then repair", u64_at(4088));
-        }
-        if u32_at(16) != VERSION.0 {
-            return bad(16, "format version 1: open it with the release that wrote it", u32_at(16).into());
-        }
-        if u64_at(32) & !KNOWN_INCOMPAT != 0 {
-            return bad(32, "no unknown feature: open it with a newer release", u64_at(32));
-        }
-        if u32_at(12) != PAGE as u32 || u32_at(64) != CHUNK as u32 || u32_at(68) != LANE_SIZE as u32 {
-            return bad(64, "chunks of 64 KiB and lanes of 4 KiB", u32_at(64).into());
-        }
-        let lanes = u32_at(72);
-        if lanes == 0 || lanes > MAX_LANES {
-            return bad(72, "1 to 64 lanes", lanes.into());
-        }
-        if u64_at(48) == 0 {
-            return bad(48, "an identity", 0);
-        }
-        let layout_len = usize::from(u16::from_le_bytes([page[96], page[97]]));
-        let layout = page.get(104..104 + layout_len.min(MAX_LAYOUT + 1)).unwrap_or_default();
-        let Ok(layout) = core::str::from_utf8(layout) else {
-            return bad(104, "a layout name in UTF-8", layout_len as u64);
-        };
-        if layout.len() > MAX_LAYOUT {
-            return bad(96, "a layout name of at most 128 bytes", layout_len as u64);
-        }
-        let count = u32_at(76) as usize;
-        if count == 0 || count > MAX_ZONES {
-            return bad(76, "1 to 128 zones", count as u64);
-        }
-        let mut header = Self {
-            compat: u64_at(24),
-            incompat: u64_at(32),
-            ro_compat: u64_at(40),
-            identity: u64_at(48),
-            created: u64_at(56),
-            lanes,
-            generation: u64_at(80),
-            layout: layout.to_owned(),
-            zones: Vec::with_capacity(count),
-            minor: u32_at(20),
-            durability: page[98],
-        };
-        for i in 0..count {
-            let zone = Zone { start: u64_at(256 + 16 * i), chunks: u32_at(264 + 16 * i) };
-            let field = 256 + 16 * i as u64;
-            if zone.start != header.file_len() {
-                return bad(field, "zones back to back", zone.start);
-            }
-            if zone.chunks == 0 || u64::from(zone.chunks) > MAX_ZONE_CHUNKS {
-                return bad(field + 8, "1 to 16777215 chunks", zone.chunks.into());
-            }
-            header.zones.push(zone);
-            if header.file_len() > file_len {
-                return bad(
-                    field,
-                    "a file as long as its zones: it was truncated; restore a backup",
-                    file_len,
-                );
-            }
-        }
-        Ok(header)
-    }
-
-    /// The better of the two copies, and whether the other is as good.
-    pub(crate) fn choose(first: Result<Self>, second: Result<Self>) -> Result<(Self, bool)> {
-        match (first, second) {
-            (Ok(a), Ok(b)) if a == b => Ok((a, true)),
-            (Ok(a), Ok(b)) => Ok((if a.generation >= b.generation { a } else { b }, false)),
-            (Ok(header), Err(_)) | (Err(_), Ok(header)) => Ok((header, false)),
-            (Err(error), Err(_)) => Err(error),
-        }
-    }
-}
-
-fn header_sum(page: &[u8]) -> u64 {
-    let words = page[..4088].chunks_exact(8);
-    words
-        .fold(Checksum::new(0), |sum, w| sum.add(u64::from_le_bytes(w.try_into().unwrap_or_default())))
-        .finish()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn header() -> Header {
-        let log_end = LOG + 16 * LANE_SIZE;
-        Header {
-            compat: 0,
-            incompat: 0,
-            ro_compat: 0,
-            identity: 77,
-            created: 1,
-            lanes: 16,
-            generation: 3,
-            layout: "orders v1".into(),
-            zones: vec![Zone::fitting(log_end, 1 << 20).unwrap()],
-            minor: 0,
-            durability: 1,
-        }
-    }
-
-    #[test]
-    fn a_header_survives_the_round_trip_and_every_flipped_bit_is_seen() {
-        let header = header();
-        let page = header.encode();
-        let len = header.file_len();
-        assert_eq!(Header::decode(&page[..], 0, len).unwrap(), header);
-        assert!(Header::decode(&page[..], 0, len - 1).is_err());
-        assert!(Header::decode(&page[..100], 0, len).is_err());
-        for bit in 0..PAGE as usize * 8 {
-            let mut flipped = page.clone();
-            flipped[bit / 8] ^= 1 << (bit % 8);
-            assert!(Header::decode(&flipped[..], 0, len).is_err(), "bit {bit}");
-        }
-    }
 
     #[test]
     fn entries_decode_only_where_they_fit() {

@@ -292,14 +292,15 @@ impl Heap {
         let chunk = &mut self.chunks[head as usize];
         let Some(bits) = chunk.bits.as_mut() else { return 0 };
         let word = &mut bits[((slot.offset - zone.chunk(local)) / slot.size / 64) as usize];
-        let (mut clear, mut taken) = (!*word, 0u64);
-        while clear != 0 && taken.count_ones() < most {
-            taken |= clear & clear.wrapping_neg();
-            clear &= clear - 1;
+        let clear = !*word;
+        let (mut rest, mut count) = (clear, 0);
+        while rest != 0 && count < most {
+            rest &= rest - 1;
+            count += 1;
         }
-        *word |= taken;
-        chunk.free -= taken.count_ones();
-        taken
+        *word |= clear ^ rest;
+        chunk.free -= count;
+        clear ^ rest
     }
 
     #[cold]

@@ -61,6 +61,20 @@ pub(crate) struct Books {
 }
 
 impl Books {
+    /// Of a pool that was just opened.
+    pub(crate) fn new(heap: Heap, media: &Media) -> Self {
+        let counted = |counter: Counter| media.load(counter.at());
+        let tally = Tally {
+            transactions: counted(Counter::Transactions),
+            allocations: counted(Counter::Allocations),
+            frees: counted(Counter::Frees),
+            bytes: counted(Counter::Bytes),
+            freed_bytes: 0,
+        };
+        let (held, peak, failures, live_at_open, deferred) = (0, 0, 0, None, Vec::new());
+        Self { heap, tally, held, peak, failures, live_at_open, deferred }
+    }
+
     /// Adds to the counters, in the file as well: that takes no record, and what was written survives a killed
     /// process.
     #[inline]
@@ -139,16 +153,7 @@ pub(crate) struct Parts {
 impl Inner {
     pub(crate) fn new(parts: Parts) -> Self {
         let Parts { media, table, heap, header, durability, names, path, replayed } = parts;
-        let counted = |counter: Counter| media.load(counter.at());
-        let tally = Tally {
-            transactions: counted(Counter::Transactions),
-            allocations: counted(Counter::Allocations),
-            frees: counted(Counter::Frees),
-            bytes: counted(Counter::Bytes),
-            freed_bytes: 0,
-        };
-        let (held, peak, failures, live_at_open, deferred) = (0, 0, 0, None, Vec::new());
-        let books = Books { heap, tally, held, peak, failures, live_at_open, deferred };
+        let books = Books::new(heap, &media);
         Self {
             journal: Journal::new(&header),
             config: PoolConfig::default_cpu().path(&path).initial_size(header.file_len() as usize),

@@ -34,7 +34,7 @@ use super::media::Media;
 use crate::base::error::{Error, Refusal, Result};
 use crate::base::sync::{Condvar, Mutex};
 use group::Group;
-pub(crate) use ops::{Op, Ops, apply, parse, sum_of};
+pub(crate) use ops::{Op, Ops, apply, bits_op, parse, sum_of, write_op};
 
 /// A block outside the log that holds a body too large for a lane.
 pub(crate) trait Overflow {
@@ -107,20 +107,19 @@ impl Journal {
         alone + self.lock().records()
     }
 
-    /// Writes a record under process crash or DAX; when it returns, the record is safe. [`Safe::None`] where
-    /// the operations need none.
+    /// Writes a record under process crash or DAX, after a fence behind what was written in place; when it returns,
+    /// the record is safe.
     #[inline]
-    pub(crate) fn write(&self, media: &Media, overflow: &dyn Overflow, id: TxId, ops: &Ops) -> Result<Safe> {
-        media.check_usable()?;
-        // What was written in place comes before what makes it reachable.
-        media.fence();
-        if ops.is_one_word() {
-            return Ok(Safe::None);
-        }
+    pub(crate) fn write(
+        &self,
+        media: &Media,
+        overflow: &dyn Overflow,
+        id: TxId,
+        body: &[u64],
+    ) -> Result<Safe> {
         let number = self.claim(id);
         let lane = &self.lanes[number as usize];
         let sequence = lane.sequence.load(Ordering::Relaxed);
-        let body = ops.body();
         let mut block = 0;
         let head = ShortHead { words: body.len() as u64, sequence };
         if let Some(head) = head.encode() {

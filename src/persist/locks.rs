@@ -246,6 +246,100 @@ impl Locks {
     }
 }
 
+#[cfg(all(test, loom))]
+mod loom_models {
+    use super::*;
+    use loom::cell::UnsafeCell;
+    use loom::thread;
+    use std::sync::Arc;
+
+    /// Locks, and what two objects hold. Both have the same place in the table.
+    struct Shared(Locks, [UnsafeCell<u64>; 2]);
+    // SAFETY: the locks keep the accesses to the objects apart, which is what the models check.
+    unsafe impl Sync for Shared {}
+    // SAFETY: as above.
+    unsafe impl Send for Shared {}
+
+    impl Shared {
+        /// Changes an object; whether that was no conflict.
+        fn change(&self, id: TxId, object: usize) -> bool {
+            let held = self.0.acquire(id, 8 + object as u64 * 8, true, || true).is_ok();
+            if held {
+                // SAFETY: locked exclusively.
+                self.1[object].with_mut(|value| unsafe { *value += 1 });
+            }
+            held
+        }
+
+        fn look(&self, id: TxId, object: usize) {
+            self.0.acquire(id, 8 + object as u64 * 8, false, || true).unwrap();
+            // SAFETY: locked.
+            self.1[object].with(|value| assert!(unsafe { *value } <= 2));
+        }
+
+        fn release(&self, id: TxId, object: usize, exclusive: bool) {
+            self.0.release(id, 8 + object as u64 * 8, exclusive);
+        }
+    }
+
+    /// Loom reports who touches an object beside one that changes it, and who sleeps for ever.
+    fn model(works: [fn(&Shared); 2]) {
+        loom::model(move || {
+            let shared = Arc::new(Shared(Locks::default(), core::array::from_fn(|_| UnsafeCell::new(0))));
+            let other = shared.clone();
+            let thread = thread::spawn(move || works[1](&other));
+            works[0](&shared);
+            thread.join().unwrap();
+            assert!(shared.0.lock().held.is_empty());
+            assert_eq!(shared.0.table[0].load(Ordering::Relaxed), 0);
+        });
+    }
+
+    #[test]
+    fn loom_locks_two_change_one_object() {
+        model([
+            |shared| {
+                assert!(shared.change(1, 0));
+                shared.release(1, 0, true);
+            },
+            |shared| {
+                assert!(shared.change(2, 0));
+                shared.release(2, 0, true);
+            },
+        ]);
+    }
+
+    #[test]
+    fn loom_locks_a_reader_becomes_a_writer_beside_another_object() {
+        model([
+            |shared| {
+                shared.look(1, 0);
+                // Nobody else reads for long, so this waits and is no circle.
+                assert!(shared.change(1, 0));
+                shared.release(1, 0, true);
+            },
+            |shared| {
+                shared.look(2, 0);
+                shared.release(2, 0, false);
+                assert!(shared.change(2, 1));
+                shared.release(2, 1, true);
+            },
+        ]);
+    }
+
+    #[test]
+    fn loom_locks_crossed_ones_end_in_a_conflict_for_one_at_most() {
+        fn both(shared: &Shared, id: TxId, [first, second]: [usize; 2]) {
+            assert!(shared.change(id, first));
+            if shared.change(id, second) {
+                shared.release(id, second, true);
+            }
+            shared.release(id, first, true);
+        }
+        model([|shared| both(shared, 1, [0, 1]), |shared| both(shared, 2, [1, 0])]);
+    }
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;

@@ -224,7 +224,11 @@ impl Media {
                 "close it and open it again, then grow",
             ));
         }
-        let flags = match (self.writable, self.dax) {
+        #[cfg(test)]
+        let sync = self.dax && !super::trace::ANY_FILE_FOR_DAX.get();
+        #[cfg(not(test))]
+        let sync = self.dax;
+        let flags = match (self.writable, sync) {
             (false, _) => libc::MAP_PRIVATE,
             (true, false) => libc::MAP_SHARED,
             #[cfg(target_os = "linux")]
@@ -259,6 +263,8 @@ impl Media {
     pub(crate) fn grow(&self, new_len: u64) -> Result<()> {
         // An earlier attempt may have failed after it made the file longer.
         let new_len = new_len.max(self.len());
+        #[cfg(test)]
+        self.trace.back().map_err(|e| no_space(&e, new_len))?;
         set_len(&self.file, new_len)?;
         self.sync()?;
         self.map_more(new_len as usize)
@@ -406,9 +412,9 @@ impl Media {
     pub(crate) fn flush(&self, offset: u64, len: usize) {
         if self.dax {
             self.flusher.flush(self.at(offset, len), len);
+            #[cfg(test)]
+            self.trace.flush(offset, len);
         }
-        #[cfg(test)]
-        self.trace.flush(offset, len);
     }
 
     /// Waits for the flushes before it.
@@ -508,6 +514,8 @@ impl Media {
     /// Sees to it that a range with contents has disk space, where it is a hole: a copy of a sparse file may have
     /// made holes of zeros. File systems without the call are taken at their word.
     pub(crate) fn keep_backed(&self, offset: u64, len: u64) -> Result<()> {
+        #[cfg(test)]
+        self.trace.back().map_err(|e| no_space(&e, len))?;
         #[cfg(target_os = "linux")]
         {
             // SAFETY: plain system call on our descriptor; it changes no contents.

@@ -23,6 +23,8 @@ mod context;
 mod crash;
 #[cfg(test)]
 mod damage;
+#[cfg(test)]
+mod faults;
 mod flush;
 mod fold;
 mod format;

@@ -12,6 +12,7 @@ use super::media::Media;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     Store { at: u64, bytes: Vec<u8> },
+    Flush { at: u64, len: usize },
     Fence,
     Sync,
 }
@@ -20,7 +21,7 @@ pub(crate) enum Event {
 #[derive(Debug)]
 pub(crate) struct Trace {
     events: Mutex<Option<Vec<Event>>>,
-    /// Calls until one fails; negative for never.
+    /// Calls until one fails; negative for never, or no more.
     pub(crate) fail_sync: AtomicI64,
     pub(crate) fail_back: AtomicI64,
 }
@@ -28,12 +29,23 @@ pub(crate) struct Trace {
 thread_local! {
     /// Whether files opened on this thread are traced from the first store on.
     pub(crate) static RECORD: Cell<bool> = const { Cell::new(false) };
+    /// Whether files opened on this thread with durability `Dax` need not lie on persistent memory.
+    pub(crate) static ANY_FILE_FOR_DAX: Cell<bool> = const { Cell::new(false) };
+    /// What `fail_back` of files opened on this thread begins with; what is left of it comes back when they close.
+    pub(crate) static FAIL_BACK: Cell<i64> = const { Cell::new(-1) };
 }
 
 impl Default for Trace {
     fn default() -> Self {
         let events = RECORD.get().then(Vec::new);
-        Self { events: Mutex::new(events), fail_sync: AtomicI64::new(-1), fail_back: AtomicI64::new(-1) }
+        let fail_back = AtomicI64::new(FAIL_BACK.get());
+        Self { events: Mutex::new(events), fail_sync: AtomicI64::new(-1), fail_back }
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        FAIL_BACK.set(self.fail_back.load(Ordering::Relaxed));
     }
 }
 
@@ -77,7 +89,9 @@ impl Trace {
         self.push(|| Event::Store { at, bytes: vec![0; len as usize] });
     }
 
-    pub(crate) fn flush(&self, _at: u64, _len: usize) {}
+    pub(crate) fn flush(&self, at: u64, len: usize) {
+        self.push(|| Event::Flush { at, len });
+    }
 
     pub(crate) fn fence(&self) {
         self.push(|| Event::Fence);

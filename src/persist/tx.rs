@@ -16,6 +16,7 @@
 
 mod commit;
 mod image;
+mod small;
 mod work;
 
 use core::cell::{Cell, RefCell};

@@ -181,3 +181,123 @@ impl Journal {
         Ok(())
     }
 }
+
+#[cfg(all(test, loom))]
+mod loom_models {
+    use std::fs::File;
+    use std::sync::Arc;
+
+    use super::super::super::format::{Header, LANE_SIZE, LOG, PAGE};
+    use super::super::super::heap::Heap;
+    use super::super::super::media::{Backing, Durability};
+    use super::super::super::table::Table;
+    use super::super::super::trace::Event;
+    use super::*;
+    use loom::thread;
+
+    struct NoBlocks;
+    impl Overflow for NoBlocks {
+        fn reserve(&self, _: usize) -> Result<u64> {
+            unreachable!("records of one word")
+        }
+        fn release(&self, _: u64) {
+            unreachable!("none was reserved")
+        }
+    }
+
+    struct Shared {
+        journal: Journal,
+        media: Media,
+        gate: Gate<Books>,
+    }
+
+    /// A log of so many lanes in a file that is mapped anew.
+    fn shared(file: &File, lanes: u32) -> Shared {
+        let header = Header {
+            compat: 0,
+            incompat: 0,
+            ro_compat: 0,
+            identity: 7,
+            created: 0,
+            lanes,
+            generation: 1,
+            layout: String::new(),
+            zones: Vec::new(),
+            minor: 0,
+            durability: 0,
+        };
+        let len = header.log_end() + PAGE;
+        file.set_len(len).unwrap();
+        let media = Media::map(file.try_clone().unwrap(), len, true, Durability::Power).unwrap();
+        let table = Table::new(&[]);
+        let heap = Heap::new(&media, &table, &[], Backing::Reserved, false).unwrap();
+        media.trace.start();
+        Shared { journal: Journal::new(&header), gate: Gate::new(Books::new(heap, &media)), media }
+    }
+
+    /// Where the transaction of that number writes.
+    fn word(shared: &Shared, number: u64) -> u64 {
+        shared.media.len() - PAGE + number * 8
+    }
+
+    fn commit(shared: &Shared, number: u64) {
+        let mut ops = Ops::default();
+        ops.set(word(shared, number), number);
+        let tally = Tally { transactions: 1, ..Tally::default() };
+        // SAFETY: the word is behind the log, and nobody else's.
+        let done = unsafe { shared.journal.commit(&shared.media, &shared.gate, &NoBlocks, &mut ops, tally) };
+        done.unwrap();
+        assert_eq!(shared.media.load(word(shared, number)), number, "it returned and has not happened");
+    }
+
+    /// Every change came after a sync that came after its record was complete.
+    fn check(shared: &Shared, commits: u64) {
+        let events = shared.media.trace.stop();
+        let stores = |from: u64, to: u64| {
+            events.iter().enumerate().filter_map(move |(i, event)| match event {
+                Event::Store { at, bytes } if (from..to).contains(at) => Some((i, bytes.len())),
+                _ => None,
+            })
+        };
+        let log_end = shared.media.len() - PAGE;
+        for number in 1..=commits {
+            let (applied, _) = stores(word(shared, number), word(shared, number) + 8).next().unwrap();
+            let synced = events[..applied].iter().rposition(|event| *event == Event::Sync).unwrap();
+            let header = |&(i, len): &(usize, usize)| i < synced && len == 56;
+            let headers = stores(LOG, log_end).filter(header).count();
+            assert!(headers >= 1, "applied before its record was safe");
+            assert!(synced < applied);
+        }
+        let headers = stores(LOG, log_end).filter(|&(_, len)| len == 56).count() as u64;
+        assert_eq!((headers, shared.journal.records()), (commits, commits));
+        assert_eq!(shared.gate.lock().tally.transactions, commits);
+        let syncs = events.iter().filter(|event| **event == Event::Sync).count() as u64;
+        assert!(syncs >= 1 && syncs <= 2 * commits + 1, "{syncs} syncs");
+    }
+
+    fn model(lanes: u32) {
+        let path = std::env::temp_dir().join(format!("memory-pool-loom-{}-{lanes}", std::process::id()));
+        let file = File::options().create(true).truncate(true).read(true).write(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        loom::model(move || {
+            file.set_len(0).unwrap();
+            assert_eq!(LOG % LANE_SIZE, 0);
+            let shared = Arc::new(shared(&file, lanes));
+            let other = shared.clone();
+            let thread = thread::spawn(move || commit(&other, 2));
+            commit(&shared, 1);
+            thread.join().unwrap();
+            check(&shared, 2);
+        });
+    }
+
+    #[test]
+    fn loom_group_two_commits_share_syncs() {
+        model(2);
+    }
+
+    #[test]
+    fn loom_group_two_commits_share_a_lane() {
+        model(1);
+    }
+}

@@ -27,6 +27,18 @@ pub(crate) enum Op<'a> {
 /// Bytes that one check covers at most.
 const CHECKED: u64 = 1 << 30;
 
+/// The operation that sets bits of the word at `at`, or clears them.
+#[inline]
+pub(crate) fn bits_op(set: bool, at: u64, mask: u64) -> [u64; 3] {
+    [if set { 2 } else { 3 }, at, mask]
+}
+
+/// How the operation begins that writes so many words at `at`; the words follow.
+#[inline]
+pub(crate) fn write_op(at: u64, words: usize) -> [u64; 2] {
+    [if words == 1 { 1 } else { 4 | (words as u64 * 8) << 32 }, at]
+}
+
 impl Ops {
     /// `words` are kind, place and operands.
     #[inline]
@@ -43,34 +55,27 @@ impl Ops {
 
     #[inline]
     pub(crate) fn set_bits(&mut self, at: u64, mask: u64) {
-        self.bits(2, at, mask);
+        self.bits(bits_op(true, at, mask));
     }
 
     #[inline]
     pub(crate) fn clear_bits(&mut self, at: u64, mask: u64) {
-        self.bits(3, at, mask);
+        self.bits(bits_op(false, at, mask));
     }
 
     /// Neighbours are often set or cleared together.
     #[inline]
-    fn bits(&mut self, kind: u64, at: u64, mask: u64) {
+    fn bits(&mut self, op: [u64; 3]) {
         match self.words.get_mut(self.last..) {
-            Some([last, place, bits]) if (*last, *place) == (kind, at) => *bits |= mask,
-            _ => self.push([kind, at, mask]),
+            Some([kind, at, mask]) if (*kind, *at) == (op[0], op[1]) => *mask |= op[2],
+            _ => self.push(op),
         }
     }
 
     #[inline]
     pub(crate) fn write(&mut self, at: u64, words: &[u64]) {
-        let kind = 4 | (words.len() as u64 * 8) << 32;
-        match *words {
-            [value] => self.set(at, value),
-            [first, second] => self.push([kind, at, first, second]),
-            _ => {
-                self.push([kind, at]);
-                self.words.extend_from_slice(words);
-            }
-        }
+        self.push(write_op(at, words.len()));
+        self.words.extend_from_slice(words);
     }
 
     /// Sets a table entry, and clears the bitmap with it, unless it is set already.
@@ -102,7 +107,7 @@ impl Ops {
     }
 
     /// Whether it is one word, which changes whole or not at all.
-    pub(super) fn is_one_word(&self) -> bool {
+    pub(crate) fn is_one_word(&self) -> bool {
         self.count == 1 && self.words.first().is_some_and(|kind| *kind <= 3)
     }
 }

@@ -1,11 +1,11 @@
 //! The end of a transaction: its record is built and committed, and the index learns of it.
 
 use super::Transaction;
+use super::small::Small;
 use super::work::{Entry, Image, State, Whole, Work};
 use crate::base::error::{Error, Result};
 use crate::persist::inner::{Books, Inner, Tally};
-use crate::persist::journal::{Ops, apply};
-use crate::persist::locks::TxId;
+use crate::persist::journal::{Ops, Safe, apply};
 use crate::persist::media::{Durability, Media};
 use crate::persist::table::Mark;
 
@@ -18,14 +18,8 @@ impl Transaction<'_> {
         }
         let pool = self.pool;
         let work = &mut **self.work.get_mut();
-        if pool.durability != Durability::Power
-            && let [entry] = &work.entries[..]
-            && let Mark::Bit { word, mask } = entry.mark
-            && matches!(entry.state, State::Published | State::Freed)
-            && !(work.new_runs || work.uses_rare || entry.whole.is_some())
-            && work.parts.is_empty()
-        {
-            commit_bit(pool, work.id(), entry, word, mask)?;
+        if let Some(small) = Small::of(pool, work) {
+            small.commit(pool, work)?;
             self.committed.set(true);
             return Ok(());
         }
@@ -36,7 +30,15 @@ impl Transaction<'_> {
         if pool.durability == Durability::Power {
             commit_power(pool, work, tally)?;
         } else {
-            let record = pool.journal.write(&pool.media, pool, work.id(), &work.ops)?;
+            let media = &pool.media;
+            media.check_usable()?;
+            // What was written in place comes before what makes it reachable.
+            media.fence();
+            let record = if work.ops.is_one_word() {
+                Safe::None
+            } else {
+                pool.journal.write(media, pool, work.id(), work.ops.body())?
+            };
             let mut books = pool.heap.alone();
             // SAFETY: the operations were built from slots and objects of the file; by invariant 1 those are
             // locked; readers are out.
@@ -55,39 +57,6 @@ impl Transaction<'_> {
         self.committed.set(true);
         Ok(())
     }
-}
-
-/// Makes one object live or free, where that is all there is to do: one word changes, which needs no record.
-#[inline]
-fn commit_bit(pool: &Inner, id: TxId, entry: &Entry, word: u64, mask: u64) -> Result<()> {
-    let media = &pool.media;
-    media.check_usable()?;
-    let publish = entry.state == State::Published;
-    if publish {
-        // What makes it reachable comes after what it is.
-        media.flush(entry.offset, entry.used as usize);
-        media.fence();
-    }
-    let (new, gone) = if publish { (entry.size, 0) } else { (0, entry.size) };
-    let tally = Tally {
-        transactions: 1,
-        allocations: u64::from(publish),
-        frees: u64::from(!publish),
-        bytes: new,
-        freed_bytes: gone,
-    };
-    let mut books = pool.heap.alone();
-    let bits = media.load(word);
-    // SAFETY: the word is one of a bitmap, where bits change under the lock of the heap only; by invariant 1 the
-    // object is locked; readers are out.
-    unsafe { media.store(word, if publish { bits | mask } else { bits & !mask }) };
-    media.flush(word, 8);
-    books.count(media, &tally);
-    media.fence();
-    if !publish {
-        pool.release(id, &mut books, entry.fingerprint, entry.offset, entry.mark);
-    }
-    Ok(())
 }
 
 #[inline(never)]
