@@ -191,7 +191,7 @@ unsafe impl GlobalAlloc for GlobalPool {
         unsafe {
             match heap::of_small(layout.size(), layout.align()) {
                 Some(class) => process::free(class, ptr),
-                None => dealloc_other(ptr, layout),
+                None => dealloc_other(ptr, layout.size(), layout.align()),
             }
         }
     }
@@ -216,10 +216,10 @@ unsafe impl GlobalAlloc for GlobalPool {
 /// # Safety
 /// As for `GlobalAlloc::dealloc`.
 #[inline(never)]
-unsafe fn dealloc_other(ptr: *mut u8, layout: Layout) {
+unsafe fn dealloc_other(ptr: *mut u8, size: usize, align: usize) {
     // SAFETY: the caller's contract.
     unsafe {
-        match heap::of_layout(layout.size(), layout.align()) {
+        match heap::of_layout(size, align) {
             Some(class) => process::free(class, ptr),
             None => process::free_big(ptr),
         }

@@ -124,22 +124,22 @@ pub(crate) mod process {
         // SAFETY: the front is this thread's, the class in range, and the block the caller's. A hardened heap has no
         // room, so that nothing is believed of what may be no block.
         if !unsafe { front().push(class, block) } {
-            free_slow(class, block);
+            free_slow(block, class);
         }
     }
 
     #[inline(never)]
-    fn free_slow(class: usize, block: *mut u8) {
+    fn free_slow(block: *mut u8, class: usize) {
         if let Some((heap, guard)) = hardened() {
             return heap.guarded_free(guard, block);
         }
-        free_uncached(class, block);
+        free_uncached(block, class);
     }
 
     /// Apart, as above.
     #[cold]
     #[inline(never)]
-    fn free_uncached(class: usize, block: *mut u8) {
+    fn free_uncached(block: *mut u8, class: usize) {
         match bound() {
             Some(heap) if heap.guard().is_some() => free_checked(block),
             Some(heap) => heap.flush(class, block),
@@ -238,7 +238,8 @@ pub(crate) mod process {
         }
         if let Some(heap) = bound() {
             // SAFETY: the caller's contract.
-            return unsafe { heap.free_unsized(block) };
+            unsafe { heap.free_unsized(block) };
+            return;
         }
         // SAFETY: a live block has books before it.
         match large::Large::at(unsafe { &*segment_of(block) }) {

@@ -126,6 +126,11 @@ impl Guard {
         self.lanes[class].held.load(Ordering::Relaxed) as usize
     }
 
+    /// Where blocks of a class wait, with nulls where none does.
+    pub(super) fn waiting(&self, class: usize) -> &[Slot] {
+        &self.waiting[CACHES[class]..CACHES[class + 1]]
+    }
+
     fn random(&self) -> u64 {
         let mut state = self.random.get();
         state ^= state << 13;
@@ -441,7 +446,7 @@ impl ThreadHeap {
         }
         for (class, lane) in guard.lanes.iter().enumerate() {
             self.flush_oldest(class, usize::MAX);
-            for slot in &guard.waiting[CACHES[class]..CACHES[class + 1]] {
+            for slot in guard.waiting(class) {
                 let block = slot.swap(ptr::null_mut(), Ordering::Relaxed);
                 if !block.is_null() {
                     let top = lane.top.load(Ordering::Relaxed);

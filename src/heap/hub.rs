@@ -242,6 +242,21 @@ impl Hub {
         size_of::<ThreadHeap>().next_multiple_of(os::page_size())
     }
 
+    /// Whether a block of `class` is free in some thread's cache or quarantine, as far as can be seen from here.
+    pub(super) fn is_cached(&self, class: usize, block: *mut u8) -> bool {
+        let shared = self.shared.lock();
+        // SAFETY: heaps live as long as the hub.
+        let mut at = unsafe { shared.all_heaps.as_ref() };
+        while let Some(heap) = at {
+            if heap.keeps(class, block) {
+                return true;
+            }
+            // SAFETY: as above.
+            at = unsafe { heap.next_heap.get().as_ref() };
+        }
+        false
+    }
+
     pub(crate) fn put_heap(&self, heap: &ThreadHeap) {
         let mut shared = self.shared.lock();
         heap.next_idle.set(shared.idle_heaps);

@@ -154,7 +154,8 @@ impl ThreadHeap {
     }
 
     /// Calls `visit` with address and size of the live blocks of this heap and of heaps whose threads ended,
-    /// which it adopts, and with all larges. Blocks of other threads are not seen.
+    /// which it adopts, and with all larges. Blocks of other threads are not seen, nor those that other threads
+    /// freed.
     pub(crate) fn for_each_live(&self, mut visit: impl FnMut(*mut u8, usize)) {
         self.flush_all();
         while let Some(segment) = self.hub().adopt(self, None) {
@@ -162,46 +163,55 @@ impl ThreadHeap {
         }
         for segment in self.segments.iter() {
             for span in segment.spans() {
-                span.live_blocks().for_each(|block| visit(block, span.size.get() as usize));
+                let (class, size) = (span.class.get() as usize, span.size.get() as usize);
+                span.live_blocks()
+                    .filter(|&block| class >= class::COUNT || !self.hub().is_cached(class, block))
+                    .for_each(|block| visit(block, size));
             }
         }
         self.hub().larges.lock().each(|block, size| visit(block as *mut u8, size));
     }
 
-    /// Frees a block of which nothing is known.
+    /// Frees a block of which nothing is known; returns its usable bytes, for heaps that are not hardened.
     ///
     /// # Safety
     /// `block` is a live block of this heap's hub.
     #[inline]
-    pub(crate) unsafe fn free_unsized(&self, block: *mut u8) {
+    pub(crate) unsafe fn free_unsized(&self, block: *mut u8) -> usize {
         // SAFETY: a live block has books before it.
         let segment = unsafe { &*segment_of(block) };
         if !segment.head.large.get() {
             let class = segment.class_at(block);
             if class < SINGLE {
                 // SAFETY: the block is the caller's and of that class.
-                return unsafe { self.free(class as usize, block) };
+                unsafe { self.free(class as usize, block) };
+                return class::size(class as usize);
             }
         }
-        self.free_unsized_slow(segment, block);
+        self.free_unsized_slow(segment, block)
     }
 
     #[cold]
     #[inline(never)]
-    fn free_unsized_slow(&self, segment: &Segment, block: *mut u8) {
+    fn free_unsized_slow(&self, segment: &Segment, block: *mut u8) -> usize {
         if let Some(guard) = self.guard() {
-            return self.guarded_free(guard, block);
+            self.guarded_free(guard, block);
+            return 0;
         }
         if let Some(large) = Large::at(segment) {
             if !large.begins_at(block) {
                 fault::invalid_free(block);
             }
-            return large::free(large);
+            let usable = large.usable();
+            large::free(large);
+            return usable;
         }
-        match segment.class_at(block) {
-            SINGLE => self.free_single(segment, block),
-            _ => fault::invalid_free(block),
+        if segment.class_at(block) != SINGLE {
+            fault::invalid_free(block);
         }
+        let usable = segment.usable_at(block);
+        self.free_single(segment, block);
+        usable
     }
 }
 

@@ -297,6 +297,13 @@ impl ThreadHeap {
         (self.top(class) as usize).wrapping_sub(self.bottom(class) as usize) / size_of::<Slot>()
     }
 
+    /// Whether a free block is among those at hand or in quarantine; any thread may ask.
+    pub(super) fn keeps(&self, class: usize, block: *mut u8) -> bool {
+        let is_it = |slot: &Slot| ptr::eq(slot.load(Ordering::Relaxed), block);
+        self.cached(class).iter().any(is_it)
+            || self.guard().is_some_and(|guard| guard.waiting(class).iter().any(is_it))
+    }
+
     /// Free blocks that this heap keeps at hand or in quarantine; any thread may ask.
     pub(crate) fn kept_count(&self, class: usize) -> usize {
         let held = self.guard().map_or(0, |guard| guard.held(class));

@@ -273,12 +273,10 @@ impl CpuPool {
             // The empty block of a request for 0 bytes.
             return;
         }
-        // SAFETY: the caller's contract: a live block.
-        let size = unsafe { heap::usable_size(ptr.as_ptr()) };
         let freed = self.with(|heap| {
+            // SAFETY: the caller's contract: a live block.
+            let size = unsafe { heap.free_unsized(ptr.as_ptr()) };
             heap.requests.on_free(size);
-            // SAFETY: the caller's contract.
-            unsafe { heap.free_unsized(ptr.as_ptr()) }
         });
         debug_assert!(freed.is_ok(), "a thread that frees needs a heap");
     }
