@@ -77,12 +77,32 @@ pub(crate) const fn size(class: usize) -> usize {
     if class < 16 { (class + 1) * 16 } else { (class % 8 + 9) << (class / 8 + 3) }
 }
 
-/// Slices of a span of this class: at least 16 blocks up to 16 KiB, at least 8 above.
-pub(crate) const fn slices(class: usize) -> usize {
+/// Slices of a span of this class. Where many blocks are in use, 16 of them or more up to 16 KiB and 8 or more above, of
+/// which little is cut off at the end; else a quarter of that, so that little lies idle in a span that is not filled.
+pub(crate) const fn slices(class: usize, many: bool) -> usize {
     match size(class) {
         0..=0x1000 => 1,
-        0x1001..=0x4000 => 4,
-        _ => 8,
+        0x1001..=0x4000 => {
+            if many {
+                4
+            } else {
+                1
+            }
+        }
+        0x4001..=0x8000 => {
+            if many {
+                8
+            } else {
+                2
+            }
+        }
+        _ => {
+            if many {
+                8
+            } else {
+                4
+            }
+        }
     }
 }
 

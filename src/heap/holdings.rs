@@ -12,6 +12,8 @@ use super::thread::{ThreadHeap, bump};
 
 /// Segments in which a run of slices is looked for.
 const TRIED: usize = 32;
+/// Blocks of a class that a thread took in all from which on its spans are long.
+const MANY: u32 = 64;
 
 impl ThreadHeap {
     pub(super) fn segment_of_span(&self, span: &Span) -> &Segment {
@@ -22,7 +24,7 @@ impl ThreadHeap {
     /// How many slices a span of `class` takes, and from which on it may begin: the first is cut short by the
     /// books, and serves small blocks, whose alignment it keeps.
     fn shape(&self, class: usize) -> (usize, usize) {
-        let count = class::slices(class);
+        let count = class::slices(class, self.bins[class].taken.get() >= MANY);
         (count, usize::from(count > 1 || self.hub().settings.has(Part::GuardPages)))
     }
 
@@ -39,6 +41,12 @@ impl ThreadHeap {
         Some(self.make_span_at(segment, first, count, class as u8, class::size(class)))
     }
 
+    /// Takes a segment that nobody owns for the sake of `class`.
+    pub(super) fn reuse_for(&self, class: usize) -> bool {
+        let (count, from) = self.shape(class);
+        self.reuse(count, from)
+    }
+
     pub(super) fn find_idle(&self, count: usize, from: usize) -> Option<(&Segment, usize)> {
         let mut tried = self.idle_segments.iter().take(TRIED);
         tried.find_map(|segment| segment.find_idle_run(count, from).map(|first| (segment, first)))
@@ -51,10 +59,11 @@ impl ThreadHeap {
         found.or_else(|| self.grow(count, from))
     }
 
-    /// Takes a segment that nobody owns and that holds memory, if there is one.
-    pub(super) fn reuse(&self) -> bool {
+    /// Takes a segment that nobody owns and that holds memory, if there is one: best with an idle run.
+    pub(super) fn reuse(&self, count: usize, from: usize) -> bool {
         let hub = self.hub();
-        if let Some(segment) = hub.adopt(self, None) {
+        let fits = |segment: &Segment| segment.find_idle_run(count, from).is_some();
+        if let Some(segment) = hub.adopt_any(self, fits, true) {
             self.welcome(segment);
             return true;
         }
@@ -88,11 +97,10 @@ impl ThreadHeap {
     /// A run in another segment: one abandoned by a thread that ended, or a new one.
     fn grow(&self, count: usize, from: usize) -> Option<(&Segment, usize)> {
         let hub = self.hub();
-        while let Some(segment) = hub.adopt(self, None) {
+        let fits = |segment: &Segment| segment.find_run(count, from).is_some();
+        if let Some(segment) = hub.adopt_any(self, fits, false) {
             self.welcome(segment);
-            if let Some(first) = segment.find_run(count, from) {
-                return Some((segment, first));
-            }
+            return Some((segment, segment.find_run(count, from)?));
         }
         let segment = hub.take_segment(hub.settings.huge_segment(self.live.get()))?;
         self.own(segment);
@@ -147,7 +155,7 @@ impl ThreadHeap {
     }
 
     pub(super) fn adopt(&self, segment: &Segment) -> bool {
-        match self.hub().adopt(self, Some(segment)) {
+        match self.hub().adopt(self, segment) {
             Some(segment) => {
                 self.welcome(segment);
                 true

@@ -194,7 +194,7 @@ impl Hub {
     /// Takes notice that `bytes` will be used that hold no memory yet.
     pub(super) fn took(&self, bytes: usize) {
         if bytes > 0 {
-            self.regret.took(bytes, self.threads(), self.settings.regret());
+            self.regret.took(bytes, self.settings.regret());
         }
     }
 

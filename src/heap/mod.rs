@@ -158,7 +158,7 @@ impl ThreadHeap {
     /// freed.
     pub(crate) fn for_each_live(&self, mut visit: impl FnMut(*mut u8, usize)) {
         self.flush_all();
-        while let Some(segment) = self.hub().adopt(self, None) {
+        while let Some(segment) = self.hub().adopt_any(self, |_| true, true) {
             self.welcome(segment);
         }
         for segment in self.segments.iter() {

@@ -21,6 +21,9 @@ const SHRUNK_FROM: usize = 8 << 20;
 const SHORTER: usize = 16;
 const SHRUNK_TO: usize = 256 << 10;
 
+/// A change of idle bytes that a thread tells the others.
+const TOLD: usize = 256 << 10;
+
 impl ThreadHeap {
     #[inline]
     pub(super) fn purge_if_due(&self) {
@@ -32,8 +35,12 @@ impl ThreadHeap {
             self.flush_all();
             self.set_shrinking(true);
         }
+        let (pending, regret) = (self.pending.get(), &self.hub().regret);
+        if pending.abs_diff(self.told.get()) > TOLD {
+            regret.moved(self.told.replace(pending), pending);
+        }
         let threads = self.hub().threads();
-        let keep = settings.keep(self.live.get(), self.hub().regret.extra(), threads);
+        let keep = settings.keep(self.live.get(), regret.extra_for(self.told.get(), threads), threads);
         if self.pending.get() > keep {
             let scattered = if self.shrinking.get() { keep } else { settings.keep_scattered(keep) };
             self.purge_to(keep - keep / 4, scattered);
@@ -157,6 +164,7 @@ impl ThreadHeap {
             bin.taken.set(0);
             bin.seen.set(0);
         }
+        hub.regret.moved(self.told.replace(0), 0);
         self.live.set(0);
         self.pending.set(0);
         self.high_water.set(0);

@@ -95,7 +95,7 @@ impl ThreadHeap {
         }
         // Memory that is there before memory that must be had from the system.
         let mut span = self.idle_span(class);
-        if span.is_none() && self.reuse() {
+        if span.is_none() && self.reuse_for(class) {
             if self.take_free(class, filling) {
                 return;
             }

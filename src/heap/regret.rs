@@ -6,8 +6,10 @@
 //! and shrinks by a few megabytes all the time comes to rest; one whose need swings by far more gains nothing from
 //! a little more memory, and keeps none; and one that shrinks once never had anything to regret.
 //!
-//! The figures are for one thread, learned from all together: threads that come and go need not learn anew. They
-//! are estimates: updates that meet may lose one, which costs nothing but a little memory or a few faults.
+//! The figures are for one thread, learned from all together and at once: threads that come and go need not learn
+//! anew. What some threads do not keep of theirs, others may, since idle memory is where threads ended or adopted,
+//! not where it will be wanted. They are estimates: updates that meet may lose one, which costs nothing but a little
+//! memory or a few faults.
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
@@ -16,16 +18,30 @@ pub(super) struct Regret {
     given: AtomicUsize,
     /// Bytes that each thread keeps beyond the least.
     extra: AtomicUsize,
+    /// Idle bytes of all threads, as they last said.
+    idle: AtomicUsize,
 }
 
 impl Regret {
     pub(super) const fn new() -> Self {
-        Self { given: AtomicUsize::new(0), extra: AtomicUsize::new(0) }
+        Self { given: AtomicUsize::new(0), extra: AtomicUsize::new(0), idle: AtomicUsize::new(0) }
     }
 
     /// Bytes that each thread keeps beyond the least.
     pub(super) fn extra(&self) -> usize {
         self.extra.load(Ordering::Relaxed)
+    }
+
+    /// The same for one of `threads` that has `own` idle bytes: with what the others do not keep of theirs.
+    pub(super) fn extra_for(&self, own: usize, threads: usize) -> usize {
+        let each = self.extra();
+        let others = self.idle.load(Ordering::Relaxed).wrapping_sub(own);
+        each.saturating_mul(threads).saturating_sub(others).max(each)
+    }
+
+    /// The idle bytes of a thread are `now` and were `before`.
+    pub(super) fn moved(&self, before: usize, now: usize) {
+        self.idle.fetch_add(now.wrapping_sub(before), Ordering::Relaxed);
     }
 
     /// One of `threads` gave `bytes` back, in a heap where each may keep `most` more.
@@ -36,16 +52,16 @@ impl Regret {
             self.given.load(Ordering::Relaxed).saturating_add(bytes).min(remembered),
             Ordering::Relaxed,
         );
-        self.extra.store(self.extra().saturating_sub(bytes / 8 / threads), Ordering::Relaxed);
+        self.extra.store(self.extra().saturating_sub(bytes / 8), Ordering::Relaxed);
     }
 
-    /// One of `threads` needs `bytes` that hold no memory yet.
-    pub(super) fn took(&self, bytes: usize, threads: usize, most: usize) {
+    /// A thread needs `bytes` that hold no memory yet.
+    pub(super) fn took(&self, bytes: usize, most: usize) {
         let given = self.given.load(Ordering::Relaxed);
         let again = bytes.min(given);
         if again > 0 {
             self.given.store(given - again, Ordering::Relaxed);
-            self.extra.store((self.extra() + again.div_ceil(threads)).min(most), Ordering::Relaxed);
+            self.extra.store((self.extra() + again).min(most), Ordering::Relaxed);
         }
     }
 }
@@ -72,7 +88,7 @@ mod tests {
                 if !rests {
                     assert_eq!(regret.extra(), 0);
                 }
-                regret.took(given, 1, MOST);
+                regret.took(given, MOST);
             }
             assert_eq!(given == 0, rests, "{swing}");
             assert!(regret.extra() <= MOST);
@@ -82,8 +98,24 @@ mod tests {
     #[test]
     fn who_only_grows_or_only_shrinks_regrets_nothing() {
         let regret = Regret::new();
-        regret.took(1 << 30, 1, MOST);
+        regret.took(1 << 30, MOST);
         regret.gave(1 << 30, 4, MOST);
         assert_eq!(regret.extra(), 0);
+    }
+
+    #[test]
+    fn what_others_do_not_keep_may_be_kept() {
+        let regret = Regret::new();
+        regret.gave(3 << 20, 4, MOST);
+        regret.took(3 << 20, MOST);
+        let each = regret.extra();
+        assert!(each > 2 << 20);
+        regret.moved(0, 5 << 20);
+        regret.moved(0, 1 << 20);
+        assert_eq!(regret.extra_for(5 << 20, 4), 4 * each - (1 << 20));
+        assert_eq!(regret.extra_for(1 << 20, 4), 4 * each - (5 << 20));
+        regret.moved(5 << 20, 0);
+        regret.moved(1 << 20, 500 << 20);
+        assert_eq!((regret.extra_for(500 << 20, 4), regret.extra_for(0, 4)), (4 * each, each));
     }
 }

@@ -18,7 +18,7 @@ impl ThreadHeap {
         let size = size.next_multiple_of(os::page_size().min(SLICE));
         let count = (size + self.hub().settings.guard_page()).div_ceil(SLICE);
         let mut found = self.find_idle(count, 1);
-        if found.is_none() && self.reuse() {
+        if found.is_none() && self.reuse(count, 1) {
             found = self.find_idle(count, 1);
         }
         let Some((segment, first)) = found.or_else(|| self.find_vacant(count, 1)) else {

@@ -189,6 +189,8 @@ pub(crate) struct ThreadHeap {
     /// Bytes of blocks that are out of their spans.
     pub(super) live: Cell<usize>,
     pub(super) pending: Cell<usize>,
+    /// What of that the others know of: see `regret`.
+    pub(super) told: Cell<usize>,
     /// Most live bytes since the caches were last emptied for having become large beside what is live.
     pub(super) high_water: Cell<usize>,
     /// Whether the heap was large and only shrank since: see `set_shrinking`.

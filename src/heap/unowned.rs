@@ -15,6 +15,8 @@ use crate::source::os;
 /// Segments reserved at once, so that most segments cost no call. Address space only.
 const SMALL_REGION: usize = 4;
 const HUGE_REGION: usize = 16;
+/// Abandoned segments in which room is looked for.
+const TRIED: usize = 16;
 
 /// A segment that was taken from the lists.
 enum Claim {
@@ -233,19 +235,34 @@ impl Hub {
         segment.head.owner.store(ptr::null_mut(), Ordering::Release);
     }
 
-    /// Makes `heap` the owner of an abandoned segment: of `segment`, if it is still abandoned, or of any.
-    pub(super) fn adopt(&self, heap: &ThreadHeap, segment: Option<&Segment>) -> Option<&Segment> {
-        let mut shared = self.shared.lock();
-        let segment: *const Segment = match segment {
-            Some(segment) if segment.head.owner.load(Ordering::Acquire).is_null() => segment,
-            Some(_) => return None,
-            None => shared.abandoned.front()?,
-        };
+    /// Makes `heap` the owner of `segment`, if that is abandoned.
+    pub(super) fn adopt(&self, heap: &ThreadHeap, segment: &Segment) -> Option<&Segment> {
+        let shared = &mut *self.shared.lock();
+        let abandoned = segment.head.owner.load(Ordering::Acquire).is_null();
+        abandoned.then(|| self.give_to(shared, heap, segment))
+    }
+
+    /// Makes `heap` the owner of an abandoned segment that `fits`; if there is none among the first, of the first one
+    /// where `or_any` says so.
+    pub(super) fn adopt_any(
+        &self,
+        heap: &ThreadHeap,
+        fits: impl Fn(&Segment) -> bool,
+        or_any: bool,
+    ) -> Option<&Segment> {
+        let shared = &mut *self.shared.lock();
+        // The lock makes them this thread's.
+        let fitting = shared.abandoned.iter().take(TRIED).find(|segment| fits(segment));
+        let segment = ptr::from_ref(fitting.or_else(|| shared.abandoned.front().filter(|_| or_any))?);
+        Some(self.give_to(shared, heap, segment))
+    }
+
+    fn give_to(&self, shared: &mut Shared, heap: &ThreadHeap, segment: *const Segment) -> &Segment {
         // SAFETY: segments live as long as the hub.
         let segment = unsafe { &*segment };
         shared.abandoned.remove(segment);
         shared.warm -= segment.idle_bytes();
         segment.head.owner.store(ptr::from_ref(heap).cast_mut(), Ordering::Release);
-        Some(segment)
+        segment
     }
 }
