@@ -117,7 +117,7 @@ fn alloc(heap: &TestHeap<'_>, size: usize, align: usize) -> (*mut u8, bool) {
 
 fn free(heap: &TestHeap<'_>, block: &Block) {
     // SAFETY: a live block, which whoever calls has and forgets.
-    unsafe { heap.heap.free_unsized(block.at) }
+    unsafe { heap.heap.free_unsized(block.at) };
 }
 
 struct Worker<'a> {

@@ -58,7 +58,7 @@ impl TestHeap<'_> {
         unsafe {
             match of_layout(size, align) {
                 Some(class) => self.heap.free(class, block),
-                None => self.heap.free_unsized(block),
+                None => _ = self.heap.free_unsized(block),
             }
         }
     }
@@ -226,7 +226,7 @@ fn blocks_travel_between_threads() {
     // What travels is at most 1000 blocks of some KiB on average: the heap stays small.
     assert!(most.load(Ordering::Relaxed) < 256 << 20, "{most:?} bytes reserved");
     let heap = hub.heap();
-    while let Some(segment) = hub.0.adopt(heap.heap, None) {
+    while let Some(segment) = hub.0.adopt_any(heap.heap, |_| true, true) {
         heap.heap.welcome(segment);
     }
     heap.check();
@@ -277,7 +277,7 @@ fn threads_leave_their_blocks_to_others() {
     heap.check();
     drop(heap);
     let heap = hub.heap();
-    while let Some(segment) = hub.0.adopt(heap.heap, None) {
+    while let Some(segment) = hub.0.adopt_any(heap.heap, |_| true, true) {
         heap.heap.welcome(segment);
     }
     assert_eq!(heap.heap.live.get(), 0);
