@@ -63,6 +63,7 @@ fn a_case_in_its_own_process() {
         }
         "huge always" => assert!(huge_pages_are_asked_for(1 << 20)),
         "nothing" => {}
+        "leak" => _ = std::hint::black_box(Box::leak(Box::new([1u8; 8000]))),
         other => panic!("no case {other}"),
     }
 }
@@ -198,9 +199,9 @@ fn huge_pages_are_asked_for_as_configured() {
 #[test]
 fn the_report_comes_when_the_program_exits() {
     assert_eq!(stderr(&run("nothing", &[])), "");
-    let report = stderr(&run("nothing", &[("MEMORY_POOL_REPORT", "1")]));
+    let report = stderr(&run("leak", &[("MEMORY_POOL_REPORT", "1")]));
     assert!(report.starts_with("memory-pool, at exit:\n"), "{report}");
-    for part in ["reserved", "committed", "remote frees", "refills", "\n          48 "] {
+    for part in ["reserved", "committed", "remote frees", "refills", "\n        8192            1 "] {
         assert!(report.contains(part), "no {part:?} in:\n{report}");
     }
 }
