@@ -17,7 +17,7 @@
 //! 4. Whoever waits has the mark on the place of what it waits for, so the holder unlocks under the mutex and
 //!    wakes it.
 
-#![forbid(unsafe_code)]
+#![cfg_attr(not(loom), forbid(unsafe_code))]
 
 use super::fold::FoldMap;
 use super::journal::conflict;

@@ -74,8 +74,14 @@ impl Journal {
             if let Some(lane) = group.free.pop() {
                 break lane;
             }
-            // All lanes wait for the sync that makes their changes durable.
-            group = if group.leading { self.wait(group) } else { self.lead(group, media, gate, overflow) };
+            // All lanes wait for the sync that makes their changes durable, or are being written; who writes one is
+            // going to lead, or says that it gave up.
+            let nothing = group.waiting.is_empty() && group.applied.is_empty();
+            group = if group.leading || nothing {
+                self.wait(group)
+            } else {
+                self.lead(group, media, gate, overflow)
+            };
             media.check_usable()?;
         };
         drop(group);
@@ -85,6 +91,7 @@ impl Journal {
             Ok(written) => written,
             Err(error) => {
                 group.free.push(lane);
+                self.wake.notify_all();
                 return Err(error);
             }
         };
