@@ -20,7 +20,7 @@ pub enum Purge {
 pub enum HugeUse {
     /// None, even where the system's setting is to use them everywhere.
     Never,
-    /// Threads with more than 16 MiB of live blocks, and blocks of 8 MiB and more: small programs stay small.
+    /// Threads with more than 16 MiB of live blocks, and blocks of 4 MiB and more: small programs stay small.
     #[default]
     WhenLarge,
     /// All, from the first kilobyte.

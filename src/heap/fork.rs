@@ -60,6 +60,7 @@ pub(super) extern "C" fn before_fork() {
         hub.shared.lock_raw();
         hub.larges.lock_raw();
         hub.buried.lock_raw();
+        hub.spares.lock_raw();
     });
     registry::GROWTH.lock_raw();
 }
@@ -70,6 +71,7 @@ pub(super) extern "C" fn after_fork() {
     unsafe {
         registry::GROWTH.unlock_raw();
         each_hub(hubs_held(), |hub| {
+            hub.spares.unlock_raw();
             hub.buried.unlock_raw();
             hub.larges.unlock_raw();
             hub.shared.unlock_raw();

@@ -1,7 +1,8 @@
 //! What the threads of one heap share: segments that nobody owns, heaps of threads that ended, the limit.
 //!
 //! Everything in `Shared` is under one lock, which is held for list operations only; the operating system is
-//! called without it, except to give memory back. Lock order: `late`, then `shared`, then `larges`, then `buried`.
+//! called without it, except to give memory back. Lock order: `late`, then `shared`, then `larges`, then `buried`, then
+//! `spares`.
 
 use core::cell::Cell;
 use core::ptr;
@@ -15,6 +16,7 @@ use super::registry;
 use super::regret::Regret;
 use super::segment::{SEGMENT, Segments};
 use super::settings::{Part, Settings};
+use super::spare::Spares;
 use super::thread::ThreadHeap;
 use crate::base::heap_config::HeapConfig;
 use crate::source::os;
@@ -38,6 +40,7 @@ pub(crate) struct Hub {
     pub(super) late: SpinLock<LateHeap>,
     pub(super) larges: SpinLock<Larges>,
     pub(super) buried: SpinLock<Buried>,
+    pub(super) spares: SpinLock<Spares>,
     pub(crate) counters: Counters,
     /// Rises when somebody asks all threads to give idle memory back.
     pub(super) trims: AtomicU32,
@@ -117,6 +120,7 @@ impl Hub {
             late: SpinLock::new(LateHeap(Cell::new(ptr::null()))),
             larges: SpinLock::new(Larges::new()),
             buried: SpinLock::new(Buried::new()),
+            spares: SpinLock::new(Spares::new()),
             counters: Counters {
                 reserved: AtomicUsize::new(0),
                 os_calls: AtomicU64::new(0),

@@ -8,7 +8,6 @@
 //! ```
 //! 1. The books are found where those of a segment would be, so both begin with a `Head`.
 //! 2. All larges of a hub are on its list, under its lock; the fields of one belong to who holds its block.
-//! 3. A mapping that is kept spare is charged, mapped without guard pages, and in no book but `Buried`.
 
 use core::cell::Cell;
 use core::ptr::{self, NonNull};
@@ -81,14 +80,6 @@ impl Large {
         unsafe { &*self.head.hub.get() }
     }
 
-    fn advise(&self) {
-        let base = NonNull::new(self.base.get() as *mut u8);
-        if let (Some(base), Some(huge)) = (base, self.hub().settings.huge_large(self.len.get())) {
-            // SAFETY: the mapping is ours.
-            unsafe { os::advise_huge(base, self.len.get(), huge) };
-        }
-    }
-
     fn enlist(&self) {
         let hub = self.hub();
         hub.larges.lock().0.push_back(self);
@@ -119,8 +110,10 @@ pub(crate) fn alloc(hub: &Hub, size: usize, align: usize) -> (*mut u8, bool) {
     if len > isize::MAX as usize {
         return NONE;
     }
-    let spare = if align <= page { from_spare(hub, len) } else { None };
+    let spare = if align <= page { hub.take_spare(len) } else { None };
     let Some(base) = spare.or_else(|| mapping(hub, len, align.max(SEGMENT))) else { return NONE };
+    // Before the first page is there, which would be a small one.
+    advise(hub, base as usize, len);
     let block = base.wrapping_add(offset);
     let books = segment_of(block).cast::<Large>();
     let from = books as usize;
@@ -141,7 +134,6 @@ pub(crate) fn alloc(hub: &Hub, size: usize, align: usize) -> (*mut u8, bool) {
     large.base.set(base as usize);
     large.len.set(len);
     large.block.set(block as usize);
-    large.advise();
     if guard > 0 {
         for page in [block.wrapping_sub(guard), base.wrapping_add(len - guard)] {
             // SAFETY: pages of the mapping that are neither the books' nor the block's.
@@ -149,7 +141,16 @@ pub(crate) fn alloc(hub: &Hub, size: usize, align: usize) -> (*mut u8, bool) {
         }
     }
     large.enlist();
+    hub.trim_spares();
     (block, spare.is_none())
+}
+
+/// Asks for huge pages behind a mapping of `hub`, if it is large enough for them.
+fn advise(hub: &Hub, base: usize, len: usize) {
+    if let (Some(base), Some(huge)) = (NonNull::new(base as *mut u8), hub.settings.huge_large(len)) {
+        // SAFETY: the mapping is ours.
+        unsafe { os::advise_huge(base, len, huge) };
+    }
 }
 
 /// A fresh mapping, charged.
@@ -164,71 +165,20 @@ fn mapping(hub: &Hub, len: usize, align: usize) -> Option<*mut u8> {
     base
 }
 
-/// Frees a large block. One mapping that is small beside the live ones is kept (3): the next block finds pages there.
+/// Frees a large block. Its mapping may be kept for the next one.
 #[cold]
 pub(crate) fn free(large: &Large) {
     large.delist();
     let hub = large.hub();
     let (base, len) = (large.base.get(), large.len.get());
-    // A quarter of the half of what is live, or what the configuration says instead.
-    let most = hub.settings.keep_alone(hub.counters.large_live.load(Ordering::Relaxed)) / 4;
     let plain = hub.settings.guard_page() + hub.settings.seal() == 0;
-    if !plain || len > most || large.block.get() - base > os::page_size() {
-        drop_spare(hub, most);
+    if !plain || large.block.get() - base > os::page_size() {
         return release(large);
     }
     let from = ptr::from_ref(large) as usize;
     registry::remove(from, base + len - from);
-    let before = hub.buried.lock().spare.replace((base, len));
-    unmap_spare(hub, before);
-}
-
-/// Gives the mapping that is kept back if it is larger than `most`; returns its bytes.
-pub(super) fn drop_spare(hub: &Hub, most: usize) -> usize {
-    let spare = hub.buried.lock().spare.take_if(|(_, len)| *len > most);
-    unmap_spare(hub, spare)
-}
-
-fn unmap_spare(hub: &Hub, spare: Option<(usize, usize)>) -> usize {
-    let Some((base, len)) = spare else { return 0 };
-    // SAFETY: a mapping that nobody knows any more (3).
-    unsafe { hub.unmap(base as *mut u8, len) };
-    hub.refund(len);
-    len
-}
-
-/// The mapping that is kept, cut or grown to `len` bytes.
-fn from_spare(hub: &Hub, len: usize) -> Option<*mut u8> {
-    let (base, old) = hub.buried.lock().spare.take()?;
-    let base = NonNull::new(base as *mut u8)?;
-    if len <= old {
-        if len < old {
-            // SAFETY: the end of a mapping that nobody knows (3).
-            unsafe { hub.unmap(base.as_ptr().wrapping_add(len), old - len) };
-            hub.refund(old - len);
-        }
-        return Some(base.as_ptr());
-    }
-    if hub.charge(len - old) {
-        hub.count_call();
-        // SAFETY: a mapping that nobody knows (3).
-        if hub.let_through() && unsafe { os::remap(base, old, len, false) }.is_some() {
-            hub.counters.reserved.fetch_add(len - old, Ordering::Relaxed);
-            return Some(base.as_ptr());
-        }
-        if let Some(to) = hub.map(len, SEGMENT).and_then(NonNull::new) {
-            // SAFETY: two whole mappings of ours; the new one is empty.
-            if hub.let_through() && unsafe { os::remap_onto(base, old, to, len) }.is_some() {
-                hub.counters.reserved.fetch_sub(old, Ordering::Relaxed);
-                return Some(to.as_ptr());
-            }
-            // SAFETY: nobody has seen the place.
-            unsafe { hub.unmap(to.as_ptr(), len) };
-        }
-        hub.refund(len - old);
-    }
-    unmap_spare(hub, Some((base.as_ptr() as usize, old)));
-    None
+    // SAFETY: the mapping was the block's own, and nobody knows it any more.
+    unsafe { hub.keep_spare(base, len) };
 }
 
 /// Frees a large block whose place is not to be used again soon: it stays, inaccessible and empty, until others came
@@ -256,13 +206,11 @@ pub(super) struct Buried {
     /// The last ones, of a heap that delays reuse; empty.
     places: [(usize, usize); 8],
     next: usize,
-    /// A whole mapping, pages and all, for the next block.
-    spare: Option<(usize, usize)>,
 }
 
 impl Buried {
     pub(super) const fn new() -> Self {
-        Self { places: [(0, 0); 8], next: 0, spare: None }
+        Self { places: [(0, 0); 8], next: 0 }
     }
 
     /// Puts a place in; returns the one that leaves.
@@ -289,7 +237,7 @@ fn release(large: &Large) {
 
 /// Frees all of a hub's.
 pub(super) fn release_all(hub: &Hub) {
-    drop_spare(hub, 0);
+    hub.drop_spares();
     loop {
         let Some(large) = hub.larges.lock().0.pop_front().map(ptr::from_ref) else { return };
         // SAFETY: nobody uses the hub's blocks any more.
@@ -344,7 +292,7 @@ fn remap(hub: &Hub, large: &Large, len: usize, may_move: bool) -> Option<usize> 
         debug_assert!(noted || len > old);
         hub.counters.reserved.fetch_add(len.wrapping_sub(old), Ordering::Relaxed);
         large.len.set(len);
-        large.advise();
+        advise(hub, base, len);
         large.enlist();
         return Some(base);
     }
@@ -355,7 +303,7 @@ fn remap(hub: &Hub, large: &Large, len: usize, may_move: bool) -> Option<usize> 
         large.base.set(to.as_ptr() as usize);
         large.block.set(to.as_ptr() as usize + (large.block.get() - base));
         large.len.set(len);
-        large.advise();
+        advise(hub, to.as_ptr() as usize, len);
     }
     large.enlist();
     moved.map(|to| to.as_ptr() as usize)

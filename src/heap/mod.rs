@@ -51,6 +51,7 @@ mod slot;
 #[cfg(all(test, not(loom)))]
 mod soak;
 mod span;
+mod spare;
 pub(crate) mod stats;
 pub(crate) mod stderr;
 mod sweep;

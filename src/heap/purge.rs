@@ -102,7 +102,7 @@ impl ThreadHeap {
                 }
             }
         }
-        self.purge(0) + super::large::drop_spare(self.hub(), 0)
+        self.purge(0) + self.hub().drop_spares()
     }
 
     /// Gives back the idle slices of a segment.

@@ -52,7 +52,7 @@ impl Settings {
     /// never need, is then little beside what it has.
     const LIVE_BEFORE_HUGE: usize = 16 << 20;
     /// Mappings of this size ask for huge pages.
-    const HUGE_LARGE: usize = 8 << 20;
+    const HUGE_LARGE: usize = 4 << 20;
 
     pub(super) const fn new() -> Self {
         Self {

@@ -148,7 +148,7 @@ impl Hub {
         let large = self.counters.large_live.load(Ordering::Relaxed);
         let mut sum = HeapStats {
             reserved: self.counters.reserved.load(Ordering::Relaxed),
-            committed: self.counters.orphaned.load(Ordering::Relaxed) + large,
+            committed: self.counters.orphaned.load(Ordering::Relaxed) + large + self.spare_bytes(),
             large,
             cached: 0,
             threads: 0,

@@ -6,7 +6,6 @@ use core::ptr;
 use core::sync::atomic::Ordering;
 
 use super::hub::{Hub, Shared};
-use super::large::drop_spare;
 use super::registry;
 use super::segment::{HEADER, SEGMENT, SLICE, Segment, run};
 use super::thread::ThreadHeap;
@@ -191,7 +190,7 @@ impl Hub {
     /// Gives back what unowned segments hold; returns the bytes.
     pub(crate) fn trim(&self) -> usize {
         self.trims.fetch_add(1, Ordering::Relaxed);
-        let mut given = drop_spare(self, 0);
+        let mut given = self.drop_spares();
         {
             let shared = &mut *self.shared.lock();
             // The lock makes them this thread's.
