@@ -48,3 +48,7 @@ bench:
 # Instructions on the heap's fast paths against the recorded table (valgrind, objdump): fails where one grew or locks.
 heap-paths *ARGS:
     cargo bench --bench heap_paths -- {{ARGS}}
+
+# What the heap comes to hold under an hour's worth of operations of the kinds that make heaps grow.
+blow-up FACTOR="200":
+    MEMORY_POOL_BLOW_UP={{FACTOR}} cargo test --release --test heap_blow_up -- --nocapture

@@ -412,13 +412,21 @@ fn a_large_block_takes_the_pages_of_one_freed_and_no_more_than_a_part_is_kept() 
     let heap = hub.heap();
     let held = || hub.0.counters.reserved.load(Ordering::Relaxed);
     let mut blocks: Vec<_> = (0..24).map(|_| heap.alloc(SIZE, 64)).collect();
+    // SAFETY: live blocks, whose last word nobody else writes.
+    let last_word = |block: *mut u8| unsafe { block.add(usable_size(block) - 8).cast::<usize>() };
+    for (at, &block) in blocks.iter().enumerate() {
+        // SAFETY: as above.
+        unsafe { last_word(block).write(at) };
+    }
     let mut peak = 0;
     for (step, size) in
         [SIZE, SIZE / 2, 2 * SIZE, SIZE + 4096, 3 * SIZE, 2 << 20].into_iter().enumerate().cycle().take(40)
     {
         let at = step * 7 % blocks.len();
         let before = (held(), hub.0.counters.large_live.load(Ordering::Relaxed));
-        fill(blocks[at], SIZE / 2, 0xEE);
+        fill(blocks[at], SIZE / 4, 0xEE);
+        // SAFETY: as above.
+        assert_eq!(unsafe { last_word(blocks[at]).read() }, at, "no block lies in another");
         heap.free(blocks[at], SIZE, 64);
         assert!(!owns(&hub.0, blocks[at].addr()), "free is free, its pages kept or not");
         let idle = held() + before.1 - before.0 - hub.0.counters.large_live.load(Ordering::Relaxed);
@@ -433,6 +441,8 @@ fn a_large_block_takes_the_pages_of_one_freed_and_no_more_than_a_part_is_kept() 
         // SAFETY: a live block of that size.
         let bytes = unsafe { std::slice::from_raw_parts(block, size) };
         assert!(!zeroed || bytes.iter().all(|byte| *byte == 0), "said to be zero");
+        // SAFETY: as above.
+        unsafe { last_word(block).write(at) };
         blocks[at] = block;
     }
     heap.check();
