@@ -207,6 +207,7 @@ impl Order {
     }
 
     /// Whether the lane is the private memory of a capture.
+    #[inline]
     pub(super) fn is_capture(&self, lane: u16) -> bool {
         self.lanes[lane as usize].capture.is_some()
     }

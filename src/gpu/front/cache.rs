@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use super::super::ranges::CLEAN;
 use super::super::seat::Seat;
+use super::bits;
 use crate::base::stats::HISTOGRAM_BUCKETS;
-use crate::base::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use crate::base::sync::atomic::{AtomicI32, AtomicUsize, Ordering::Relaxed};
 use crate::base::turn::Turn;
 
 /// Bins by a hash of the size.
 const BINS: usize = 64;
 /// What a block that is asked for again is worth, against those that are given up.
-const HIT: i32 = 4;
+const HIT: i32 = 2;
 /// A bin gains no more credit than this, and loses no more.
 const MOST_CREDIT: i32 = 32;
 const LEAST_CREDIT: i32 = -16;
@@ -31,8 +32,6 @@ pub(super) struct Entry {
 #[derive(Clone, Copy, Debug, Default)]
 struct Bin {
     count: usize,
-    /// How much more often its blocks were asked for than given up, within bounds.
-    credit: i32,
     entries: [Entry; DEPTH],
 }
 
@@ -68,8 +67,12 @@ pub(in crate::gpu) struct Bins {
     seats: Vec<Arc<Seat>>,
     /// Where to look next for something to give up.
     hand: usize,
+    /// Which bins hold blocks.
+    filled: u64,
     bins: [Bin; BINS],
 }
+
+const _: () = assert!(BINS == u64::BITS as usize);
 
 fn bin_of(granules: u32) -> usize {
     (granules.wrapping_mul(0x9E37_79B1) >> (u32::BITS - BINS.ilog2())) as usize
@@ -101,63 +104,61 @@ impl Bins {
     /// The youngest block of this size that `fits`; it is taken out.
     #[inline]
     pub(super) fn pop(&mut self, granules: u32, fits: impl Fn(u32) -> bool) -> Option<Entry> {
-        let bin = &mut self.bins[bin_of(granules)];
+        let at = bin_of(granules);
+        let bin = &self.bins[at];
         let fitting = |entry: &Entry| entry.granules == granules && fits(entry.record);
-        let at = bin.entries[..bin.count].iter().rposition(fitting)?;
-        bin.credit = (bin.credit + HIT).min(MOST_CREDIT);
-        Some(bin.remove(at))
+        let place = bin.entries[..bin.count].iter().rposition(fitting)?;
+        Some(self.remove(at, place))
+    }
+
+    #[inline]
+    fn remove(&mut self, at: usize, place: usize) -> Entry {
+        let entry = self.bins[at].remove(place);
+        if self.bins[at].count == 0 {
+            self.filled &= !(1 << at);
+        }
+        entry
     }
 
     /// Puts a block in; false where its bin is full.
     #[inline]
     pub(super) fn push(&mut self, entry: Entry) -> bool {
-        let bin = &mut self.bins[bin_of(entry.granules)];
+        let at = bin_of(entry.granules);
+        let bin = &mut self.bins[at];
         let room = bin.count < DEPTH;
         if room {
             bin.entries[bin.count] = entry;
             bin.count += 1;
+            self.filled |= 1 << at;
         }
         room
     }
 
-    /// Whether blocks of this size are asked for again before they are given up; from time to time one is let in to
-    /// find out.
-    pub(super) fn is_worth(&mut self, granules: u32) -> bool {
-        let bin = &mut self.bins[bin_of(granules)];
-        if bin.credit < 0 {
-            bin.credit += 1;
-        }
-        bin.credit >= 0
-    }
-
     /// Takes out the oldest block of the bin that a size falls in.
     pub(super) fn pop_oldest(&mut self, granules: u32) -> Option<Entry> {
-        let bin = &mut self.bins[bin_of(granules)];
-        (bin.count != 0).then(|| bin.remove(0))
+        let at = bin_of(granules);
+        (self.bins[at].count != 0).then(|| self.remove(at, 0))
     }
 
     /// Takes out some block, bin by bin.
     pub(super) fn pop_any(&mut self) -> Option<Entry> {
-        for _ in 0..BINS {
-            let bin = &mut self.bins[self.hand];
-            if bin.count != 0 {
-                return Some(bin.remove(0));
-            }
-            self.hand = (self.hand + 1) % BINS;
-        }
-        None
+        let behind = self.filled & (!0 << self.hand);
+        let from = if behind != 0 { behind } else { self.filled };
+        (from != 0).then(|| {
+            self.hand = from.trailing_zeros() as usize;
+            self.remove(self.hand, 0)
+        })
     }
 
     /// Takes out the blocks that `wanted` accepts.
     pub(super) fn extract(&mut self, wanted: impl Fn(u32) -> bool, out: &mut dyn FnMut(Entry)) {
-        for bin in &mut self.bins {
-            let mut at = 0;
-            while at < bin.count {
-                if wanted(bin.entries[at].record) {
-                    bin.credit = if bin.credit > 0 { bin.credit - 1 } else { LEAST_CREDIT };
-                    out(bin.remove(at));
+        for at in bits(self.filled) {
+            let mut place = 0;
+            while place < self.bins[at].count {
+                if wanted(self.bins[at].entries[place].record) {
+                    out(self.remove(at, place));
                 } else {
-                    at += 1;
+                    place += 1;
                 }
             }
         }
@@ -174,6 +175,9 @@ impl Bins {
 #[repr(align(128))]
 pub(in crate::gpu) struct Cache {
     pub(in crate::gpu) bins: Turn<Bins>,
+    /// How much more often the blocks of a bin were asked for than given up, within bounds. Changed without care for
+    /// others: a count that is lost changes what is cached, and nothing else.
+    credit: [AtomicI32; BINS],
     /// Bytes cached; changes while `bins` is locked.
     bytes: AtomicUsize,
     blocks: AtomicUsize,
@@ -189,14 +193,42 @@ impl Cache {
             served: Served::default(),
             seats: Vec::new(),
             hand: 0,
+            filled: 0,
             bins: [Bin::default(); BINS],
         };
         Self {
             bins: Turn::new(bins),
+            credit: std::array::from_fn(|_| AtomicI32::new(0)),
             bytes: AtomicUsize::new(0),
             blocks: AtomicUsize::new(0),
             low: AtomicUsize::new(0),
         }
+    }
+
+    /// A block of this size was asked for again.
+    #[inline]
+    pub(super) fn asked_again(&self, granules: u32) {
+        let credit = &self.credit[bin_of(granules)];
+        credit.store((credit.load(Relaxed) + HIT).min(MOST_CREDIT), Relaxed);
+    }
+
+    /// A block of this size was given up for others to use.
+    pub(super) fn given_up(&self, granules: u32) {
+        let credit = &self.credit[bin_of(granules)];
+        let before = credit.load(Relaxed);
+        credit.store(if before > 0 { before - 1 } else { LEAST_CREDIT }, Relaxed);
+    }
+
+    /// Whether blocks of this size are asked for again before they are given up; from time to time one is let in to
+    /// find out.
+    #[inline]
+    pub(super) fn is_worth(&self, granules: u32) -> bool {
+        let credit = &self.credit[bin_of(granules)];
+        let before = credit.load(Relaxed);
+        if before < 0 {
+            credit.store(before + 1, Relaxed);
+        }
+        before >= -1
     }
 
     pub(super) fn bytes(&self) -> usize {

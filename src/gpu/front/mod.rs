@@ -49,9 +49,10 @@ use crate::base::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use crate::engine::Broken;
 
 pub(super) use cache::Bins;
-pub(super) use records::{CACHED, PUBLISHED, Records, SHARED};
+pub(super) use records::{CACHED, PUBLISHED, Record, Records, SHARED};
 
-use cache::{Cache, DEPTH, Entry};
+pub(super) use cache::Cache;
+use cache::{DEPTH, Entry};
 
 /// Blocks up to this size are cached.
 const MOST_BYTES: usize = 256 << 20;
@@ -103,7 +104,11 @@ impl Row {
     }
 
     fn get_or_make(&self, at: usize) -> Option<&Cache> {
-        let cache = self.cells.get(at)?.get_or_init(|| Box::new(Cache::new()));
+        let cell = self.cells.get(at)?;
+        if let Some(cache) = cell.get() {
+            return Some(cache);
+        }
+        let cache = cell.get_or_init(|| Box::new(Cache::new()));
         self.made.fetch_or(1 << at, Relaxed);
         Some(cache)
     }
@@ -185,6 +190,7 @@ impl Front {
         slot as usize
     }
 
+    /// The cache, if it was made.
     #[inline]
     pub(super) fn cache(&self, whose: Whose) -> Option<&Cache> {
         match whose {
@@ -201,7 +207,11 @@ impl Front {
             Whose::Cpu => self.cpu.get_or_make(way()),
             Whose::Stream(slot) => {
                 let slot = self.slot(slot);
-                let row = self.rows.get(slot / ROW)?.get_or_init(|| Row::new(ROW));
+                let cell = self.rows.get(slot / ROW)?;
+                if let Some(row) = cell.get() {
+                    return row.get_or_make(slot % ROW);
+                }
+                let row = cell.get_or_init(|| Row::new(ROW));
                 self.made.fetch_or(1 << (slot / ROW), Relaxed);
                 row.get_or_make(slot % ROW)
             }
@@ -217,12 +227,14 @@ impl Front {
     #[inline]
     pub(super) fn take(
         &self,
-        whose: Whose,
+        cache: &Cache,
         bytes: usize,
         align: usize,
         seat: Option<&mut Option<Arc<Seat>>>,
     ) -> Option<Placed> {
-        let cache = self.cache(whose)?;
+        if cache.blocks() == 0 {
+            return None;
+        }
         let granules = u32::try_from(bytes.checked_add((1 << self.shift) - 1)? >> self.shift).ok()?;
         let mut bins = cache.bins.try_lock()?;
         let fits = |number| {
@@ -234,6 +246,7 @@ impl Front {
         let (start, len) = (record.start(), record.len());
         record.set(CACHED, false);
         cache.less(len);
+        cache.asked_again(granules);
         let served = &mut bins.served;
         served.allocations += 1;
         served.bytes += len as u64;
@@ -248,15 +261,27 @@ impl Front {
     /// Caches a block that is freed, if that takes no more than this; `by_address` where its address is all that is
     /// known of it.
     #[inline]
-    pub(super) fn give(&self, whose: Whose, start: usize, by_address: bool) -> bool {
-        let Some(cache) = self.cache(whose) else { return false };
-        cache.bins.try_lock().is_some_and(|mut bins| self.put(cache, &mut bins, start, by_address))
+    pub(super) fn give(&self, cache: &Cache, start: usize, by_address: bool) -> bool {
+        // Most blocks that come here by way of the books have no record, and need no lock to see that.
+        let Some(found) = self.records.find(start) else { return false };
+        cache.bins.try_lock().is_some_and(|mut bins| self.put_record(cache, &mut bins, found, by_address))
     }
 
     /// [`give`](Self::give) to a cache that is locked.
     #[inline]
     pub(super) fn put(&self, cache: &Cache, bins: &mut Bins, start: usize, by_address: bool) -> bool {
-        let Some((number, record)) = self.records.find(start) else { return false };
+        let found = self.records.find(start);
+        found.is_some_and(|found| self.put_record(cache, bins, found, by_address))
+    }
+
+    #[inline]
+    fn put_record(
+        &self,
+        cache: &Cache,
+        bins: &mut Bins,
+        (number, record): (u32, &Record),
+        by_address: bool,
+    ) -> bool {
         let known = record.flags();
         if known & (CACHED | SHARED) != 0 || by_address && known & PUBLISHED == 0 {
             return false;
@@ -286,28 +311,29 @@ impl Front {
         lane: u16,
         ticket: Ticket,
     ) -> bool {
-        let (start, len) = (core.start(ticket), core.len(ticket));
-        self.cap.store(LEAST_CAP.max(core.reserved / PART), Relaxed);
+        let len = core.len(ticket);
+        let granules = (len >> self.shift) as u32;
+        let Some(cache) = self.cache_or_new(whose).filter(|cache| cache.is_worth(granules)) else {
+            return false;
+        };
         if len > self.most || core.is_shared(ticket) || core.is_private(ticket, lane) {
             return false;
         }
-        let flags = if core.is_published(ticket) { PUBLISHED } else { 0 };
-        let Some(cache) = self.cache_or_new(whose) else { return false };
+        let Some(number) = core.make_record(ticket) else { return false };
+        let Some(record) = self.records.get(number) else { return false };
+        self.cap.store(LEAST_CAP.max(core.reserved / PART), Relaxed);
         let mut bins = cache.bins.lock();
-        if !bins.is_worth((len >> self.shift) as u32) {
-            return false;
-        }
-        let record = self.records.find(start).or_else(|| self.records.add(start, len, ticket, flags));
-        let Some((number, record)) = record else { return false };
         (bins.open, bins.lane) = (true, lane);
         while cache.bytes() + len > self.cap.load(Relaxed) {
             let Some(entry) = bins.pop_any() else { break };
+            cache.given_up(entry.granules);
             self.put_back(core, driver, cache, lane, entry);
         }
-        let entry = Entry { record: number, granules: (len >> self.shift) as u32 };
+        let entry = Entry { record: number, granules };
         if !bins.push(entry) {
             for _ in 0..DEPTH / 2 {
-                if let Some(oldest) = bins.pop_oldest(entry.granules) {
+                if let Some(oldest) = bins.pop_oldest(granules) {
+                    cache.given_up(granules);
                     self.put_back(core, driver, cache, lane, oldest);
                 }
             }
@@ -345,12 +371,17 @@ impl Front {
     }
 
     /// What one cache holds of a zone goes back to the books.
-    pub(super) fn take_back(&self, core: &mut Core, driver: &dyn Driver, whose: Whose, zone: usize) {
-        let Some(cache) = self.cache(whose).filter(|cache| cache.blocks() != 0) else { return };
+    pub(super) fn take_back(&self, core: &mut Core, driver: &dyn Driver, cache: &Cache, zone: usize) {
+        if cache.blocks() == 0 {
+            return;
+        }
         let of_zone = |number| self.records.get(number).is_some_and(|record| record.ticket().zone() == zone);
         let mut bins = cache.bins.lock();
         let lane = bins.lane;
-        bins.extract(of_zone, &mut |entry| self.put_back(core, driver, cache, lane, entry));
+        bins.extract(of_zone, &mut |entry| {
+            cache.given_up(entry.granules);
+            self.put_back(core, driver, cache, lane, entry);
+        });
     }
 
     /// What all caches hold goes back to the books; whether there was anything.
@@ -407,8 +438,10 @@ impl Front {
     }
 
     /// The peak was noted: the least is looked for from now on.
-    pub(super) fn settle_low(&self, whose: Whose) {
-        if let Some(cache) = self.cache(whose) {
+    #[inline]
+    pub(super) fn settle_low(&self, cache: &Cache) {
+        // Mostly there is nothing to do, and no need of the lock to see that.
+        if cache.low() != cache.bytes() {
             let _bins = cache.bins.lock();
             cache.settle_low();
         }

@@ -96,13 +96,7 @@ impl Records {
     }
 
     /// A record for a block that has none; `None` where there is no room.
-    pub(in crate::gpu) fn add(
-        &self,
-        start: usize,
-        len: usize,
-        ticket: Ticket,
-        flags: u32,
-    ) -> Option<(u32, &Record)> {
+    pub(in crate::gpu) fn add(&self, start: usize, len: usize, ticket: Ticket, flags: u32) -> Option<u32> {
         let sets = self.sets.get_or_init(|| {
             let empty = || std::array::from_fn(|_| Record::default());
             std::iter::repeat_with(empty).take(1 << self.log2).collect()
@@ -114,7 +108,7 @@ impl Records {
         record.ticket.store(ticket.raw(), Relaxed);
         record.flags.store(flags, Relaxed);
         record.start.store(start, Relaxed);
-        Some(((set * WAYS + way) as u32, record))
+        Some((set * WAYS + way) as u32)
     }
 
     /// Removes the record of a block, if it has one.

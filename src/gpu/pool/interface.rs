@@ -56,7 +56,7 @@ impl<K: MemoryKind> GpuPool<K> {
                     // SAFETY: the block is ours until freed, and a free is ordered after the fill.
                     let filled = unsafe { driver.fill(start, 0, block.len(), stream.raw()) };
                     if let Err(error) = filled {
-                        self.free_raw(start, Some(stream))?;
+                        self.inner.give_at(start, Some(stream))?;
                         return Err(error);
                     }
                 }
@@ -72,7 +72,7 @@ impl<K: MemoryKind> GpuPool<K> {
     /// `ptr` came from this pool, is live, and is not used after. Work that uses it was issued to those
     /// streams, or to streams that were recorded, or is complete.
     pub unsafe fn deallocate(&self, ptr: NonNull<u8>) {
-        let freed = self.free_raw(ptr.as_ptr() as usize, self.implicit_stream().as_ref());
+        let freed = self.inner.give_at(ptr.as_ptr() as usize, self.implicit_stream().as_ref());
         // Dangling pointers of size 0 end here too.
         debug_assert!(freed.is_ok() || self.diagnostics().is_some() || !self.owns(ptr), "{freed:?}");
     }

@@ -1,5 +1,7 @@
 //! Pools of GPU memory: handles, and what is made with them.
 
+mod giving;
+mod growth;
 mod inner;
 mod interface;
 mod options;
@@ -157,7 +159,7 @@ impl<K: MemoryKind> GpuPool<K> {
             return Ok(());
         }
         self.inner.device.must_be(stream.device())?;
-        self.free_raw(ptr.as_ptr() as usize, Some(stream))
+        self.inner.give_at(ptr.as_ptr() as usize, Some(stream))
     }
 
     /// [`try_deallocate_async`](Self::try_deallocate_async); what cannot be freed is left alone.
@@ -169,15 +171,6 @@ impl<K: MemoryKind> GpuPool<K> {
         let freed = unsafe { self.try_deallocate_async(ptr, stream) };
         // A debug layer has told it already.
         debug_assert!(freed.is_ok() || self.diagnostics().is_some(), "{freed:?}");
-    }
-
-    fn free_raw(&self, address: usize, stream: Option<&Stream>) -> Result<()> {
-        if self.inner.give_cached(address, stream) {
-            return Ok(());
-        }
-        let (ticket, len) = self.inner.find(address).inspect_err(|_| self.inner.refuse(address))?;
-        self.inner.give(ticket, address, len, stream);
-        Ok(())
     }
 
     /// Says that work on `stream` uses the block at `ptr` too: once freed, it is not reused before the work

@@ -40,6 +40,6 @@ impl<K: MemoryKind> GpuPool<K> {
         if ptr.as_ptr() as usize == 1 {
             return Ok(());
         }
-        self.free_raw(ptr.as_ptr() as usize, None)
+        self.inner.give_at(ptr.as_ptr() as usize, None)
     }
 }

@@ -23,7 +23,6 @@ use std::sync::Arc;
 
 use super::super::core::{Placed, Ticket};
 use super::super::device::GpuDevice;
-use super::super::front::Whose;
 use super::super::ranges::CLEAN;
 use super::super::seat::Seat;
 use super::super::stream::Stream;
@@ -208,11 +207,17 @@ impl Inner {
         }
     }
 
-    /// Frees a block of which the address is known, if a cache takes it and nobody watches.
+    /// Frees the block that the user knows at `address`.
     #[inline]
-    pub(super) fn give_cached(&self, start: usize, stream: Option<&Stream>) -> bool {
-        let whose = || Whose::of(stream, Self::session(stream).ok()?.as_ref());
-        self.watch.is_none() && whose().is_some_and(|whose| self.front.give(whose, start, true))
+    pub(super) fn give_at(self: &Arc<Self>, address: usize, stream: Option<&Stream>) -> Result<()> {
+        let Some(watch) = &self.watch else { return self.give_plain_at(address, stream) };
+        let (ticket, len) = self.find(address).inspect_err(|_| self.refuse(address))?;
+        if watch.layer.is_none() && !watch.waits {
+            self.tell_freed(watch, address, len);
+            return self.give_plain_at(address, stream);
+        }
+        self.give(ticket, address, len, stream);
+        Ok(())
     }
 
     #[cold]

@@ -11,8 +11,9 @@
 
 #![forbid(unsafe_code)]
 
+use super::bins::class_of;
 use super::node::NIL;
-use super::{CLEAN, FIRST, Ranges, class_of};
+use super::{CLEAN, FIRST, Ranges};
 use crate::base::policy::{FreeRange, Policy, Request, Strategy};
 
 /// How many ranges of a bin `Segregated` looks at.
@@ -79,21 +80,23 @@ impl Ranges {
     /// The smallest that fits, the lowest among equals, looking at no more than `look` ranges of a bin.
     fn tightest(&self, lane: u16, need: Need, look: usize) -> Option<u32> {
         let bins = self.bins.get(lane as usize)?;
+        let anywhere = need.align <= 1 << self.shift;
         let mut class = class_of(need.granules);
         while let Some(filled) = bins.next_filled(class) {
-            let mut best: Option<((u32, usize), u32)> = None;
+            let mut best: Option<(u32, u32)> = None;
             let mut at = bins.heads[filled];
             for _ in 0..look {
                 if at == NIL {
                     break;
                 }
                 let node = &self.nodes[at as usize];
-                if self.fits(node, need.granules, need.align) {
-                    let key = (node.granules(), node.at());
-                    if best.is_none_or(|(found, _)| key < found) {
-                        best = Some((key, at));
+                let size = node.granules();
+                if size >= need.granules && (anywhere || self.fits(node, need.granules, need.align)) {
+                    let lower = |other: u32| node.at() < self.nodes[other as usize].at();
+                    if best.is_none_or(|(known, other)| size < known || size == known && lower(other)) {
+                        best = Some((size, at));
                     }
-                    if key.0 == need.granules && look == LOOK {
+                    if size == need.granules && look == LOOK {
                         break;
                     }
                 }

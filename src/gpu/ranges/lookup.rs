@@ -6,10 +6,14 @@
 use super::node::NIL;
 use super::{PUBLISHED, Ranges};
 
+/// While there are fewer chains than this, a chain holds one block on average.
+const SHORT: usize = 8192;
+
 impl Ranges {
-    fn chain(&self, start: usize) -> usize {
-        let hash = ((start >> self.shift) as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
-        hash as usize & (self.chains.len() - 1)
+    /// The chain of an address of which these are the low bits, in granules. There are chains.
+    #[inline]
+    fn chain(&self, low: u32) -> usize {
+        (low.wrapping_mul(0x9E37_79B1) >> (u32::BITS - self.chains.len().ilog2())) as usize
     }
 
     /// Makes a live block findable by its address; false where the host has no memory for that.
@@ -18,12 +22,12 @@ impl Ranges {
             return true;
         }
         // Short chains while they cost little; a block in many must stay below 32 bytes.
-        let load = if self.chains.len() < 1024 { 1 } else { 4 };
+        let load = if self.chains.len() < SHORT { 1 } else { 4 };
         if self.published >= self.chains.len() * load && !self.grow_chains() {
             return false;
         }
         self.set_flags(index, self.tag(index).batch | PUBLISHED);
-        let chain = self.chain(self.start(index));
+        let chain = self.chain(self.nodes[index as usize].low());
         self.nodes[index as usize].set_link_next(std::mem::replace(&mut self.chains[chain], index));
         self.published += 1;
         true
@@ -40,7 +44,7 @@ impl Ranges {
         for mut at in old {
             while at != NIL {
                 let next = self.nodes[at as usize].link_next();
-                let chain = self.chain(self.start(at));
+                let chain = self.chain(self.nodes[at as usize].low());
                 self.nodes[at as usize].set_link_next(std::mem::replace(&mut self.chains[chain], at));
                 at = next;
             }
@@ -49,7 +53,7 @@ impl Ranges {
     }
 
     pub(super) fn unpublish(&mut self, index: u32) {
-        let chain = self.chain(self.start(index));
+        let chain = self.chain(self.nodes[index as usize].low());
         let next = self.nodes[index as usize].link_next();
         self.published -= 1;
         if self.chains[chain] == index {
@@ -72,12 +76,13 @@ impl Ranges {
         if self.chains.is_empty() {
             return None;
         }
-        let mut at = self.chains[self.chain(start)];
+        let mut at = self.chains[self.chain((start >> self.shift) as u32)];
         while at != NIL {
-            if self.start(at) == start {
+            let node = &self.nodes[at as usize];
+            if node.begins_at(start >> self.shift) && self.place(node) == start {
                 return Some(at);
             }
-            at = self.nodes[at as usize].link_next();
+            at = node.link_next();
         }
         None
     }

@@ -51,6 +51,7 @@ macro_rules! links {
 
 impl Node {
     /// A node of this number and size, with no neighbours.
+    #[inline]
     pub(super) fn new(at: usize, granules: u32, state: u32, tag: Tag) -> Self {
         let mut node = Self { low: 0, size_state: 0, links: [NIL; 4], tag: 0 };
         node.set_at(at);
@@ -74,11 +75,49 @@ impl Node {
         self.low as usize | (a | b << 4 | c << 8 | d << 12) << 32
     }
 
+    /// The low bits of that.
+    #[inline]
+    pub(super) fn low(&self) -> u32 {
+        self.low
+    }
+
+    /// Whether this is the first address in granules.
+    #[inline]
+    pub(super) fn begins_at(&self, at: usize) -> bool {
+        self.low == at as u32 && self.at() == at
+    }
+
+    #[inline]
     pub(super) fn set_at(&mut self, at: usize) {
         self.low = at as u32;
         for (index, link) in self.links.iter_mut().enumerate() {
             *link = *link & NIL | ((at >> (32 + 4 * index) & 15) as u32) << LINK_BITS;
         }
+    }
+
+    /// Begins so many granules later.
+    #[inline]
+    pub(super) fn advance(&mut self, granules: u32) {
+        match self.low.checked_add(granules) {
+            Some(low) => self.low = low,
+            None => self.set_at(self.at() + granules as usize),
+        }
+    }
+
+    /// Begins where another node does.
+    #[inline]
+    pub(super) fn begin_as(&mut self, other: &Self) {
+        self.low = other.low;
+        for (mine, theirs) in self.links.iter_mut().zip(other.links) {
+            *mine = *mine & NIL | theirs & !NIL;
+        }
+    }
+
+    /// A live node of `lane` that begins where this one does.
+    #[inline]
+    pub(super) fn live_here(&self, granules: u32, lane: u16) -> Self {
+        let links = self.links.map(|link| link | NIL);
+        Self { low: self.low, size_state: granules << 2 | LIVE, links, tag: u32::from(lane) }
     }
 
     #[inline]
@@ -124,6 +163,7 @@ mod tests {
             assert_eq!((node.prev(), node.next(), node.link_prev(), node.link_next()), (5, NIL, NIL - 1, 0));
             node.set_at(at ^ 0x8000_0000_0001);
             assert_eq!((node.at(), node.prev(), node.next()), (at ^ 0x8000_0000_0001, 5, NIL));
+            assert!(node.begins_at(at ^ 0x8000_0000_0001) && !node.begins_at(at));
             assert_eq!(node.tag(), Tag { lane: 7, batch: 39 });
         }
     }

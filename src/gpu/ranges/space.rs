@@ -156,10 +156,7 @@ impl Ranges {
         let kept = &mut self.nodes[front as usize];
         debug_assert!(kept.next() == back && kept.state() == LIVE && gone.state() == LIVE);
         kept.set(kept.granules() + gone.granules(), LIVE);
-        kept.set_next(gone.next());
-        if gone.next() != NIL {
-            self.nodes[gone.next() as usize].set_prev(front);
-        }
+        self.join_chain(front, gone.next());
         self.drop_node(back);
         self.live_blocks -= 1;
     }
@@ -168,16 +165,11 @@ impl Ranges {
     fn cut(&mut self, index: u32, granules: u32) -> Option<u32> {
         let node = self.nodes[index as usize];
         let tag = Tag { lane: node.tag().lane, batch: 0 };
-        let mut rest = Node::new(node.at() + granules as usize, node.granules() - granules, LIVE, tag);
-        rest.set_prev(index);
-        rest.set_next(node.next());
+        let rest = Node::new(node.at() + granules as usize, node.granules() - granules, LIVE, tag);
         let new = self.new_node(rest)?;
-        let kept = &mut self.nodes[index as usize];
-        kept.set(granules, LIVE);
-        kept.set_next(new);
-        if node.next() != NIL {
-            self.nodes[node.next() as usize].set_prev(new);
-        }
+        self.nodes[index as usize].set(granules, LIVE);
+        self.join_chain(index, new);
+        self.join_chain(new, node.next());
         self.live_blocks += 1;
         Some(new)
     }

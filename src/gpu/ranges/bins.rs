@@ -1,0 +1,158 @@
+//! The free ranges of each lane by size.
+
+#![forbid(unsafe_code)]
+
+use super::node::{FREE, NIL};
+use super::{HOLE, Ranges};
+
+/// Subdivisions of each power of two.
+const SUB_LOG2: u32 = 4;
+pub(super) const CLASSES: usize = (30 - SUB_LOG2 as usize + 1) << SUB_LOG2;
+
+const WORDS: usize = CLASSES.div_ceil(64);
+
+#[inline]
+pub(super) fn class_of(granules: u32) -> usize {
+    if granules < 1 << SUB_LOG2 {
+        return granules as usize;
+    }
+    let log = granules.ilog2();
+    let sub = (granules >> (log - SUB_LOG2)) & ((1 << SUB_LOG2) - 1);
+    (((log - SUB_LOG2 + 1) << SUB_LOG2) + sub) as usize
+}
+
+/// The free ranges of one lane.
+#[derive(Debug)]
+pub(super) struct Bins {
+    pub(super) heads: Box<[u32; CLASSES]>,
+    /// Which heads are no `NIL`, and which of these words are not 0.
+    filled: [u64; WORDS],
+    any: u32,
+}
+
+impl Bins {
+    fn new() -> Self {
+        Self { heads: Box::new([NIL; CLASSES]), filled: [0; WORDS], any: 0 }
+    }
+
+    /// The first filled class from `from` on.
+    #[inline]
+    pub(super) fn next_filled(&self, from: usize) -> Option<usize> {
+        let word = from / 64;
+        let here = self.filled.get(word)? & (!0 << (from % 64));
+        if here != 0 {
+            return Some(word * 64 + here.trailing_zeros() as usize);
+        }
+        let behind = self.any & (!1 << word);
+        let word = behind.trailing_zeros() as usize;
+        Some(word * 64 + self.filled.get(word)?.trailing_zeros() as usize)
+    }
+
+    /// Puts a node in front of a class; returns which was there.
+    #[inline]
+    fn set_head(&mut self, class: usize, head: u32) -> u32 {
+        self.filled[class / 64] |= 1 << (class % 64);
+        self.any |= 1 << (class / 64);
+        std::mem::replace(&mut self.heads[class], head)
+    }
+
+    /// The first node of a class goes.
+    #[inline]
+    fn pop_head(&mut self, class: usize, after: u32) {
+        self.heads[class] = after;
+        if after == NIL {
+            let word = &mut self.filled[class / 64];
+            *word &= !(1 << (class % 64));
+            if *word == 0 {
+                self.any &= !(1 << (class / 64));
+            }
+        }
+    }
+}
+
+impl Ranges {
+    /// Makes room for lane numbers up to `lane`.
+    pub(in crate::gpu) fn add_lane(&mut self, lane: u16) {
+        while self.bins.len() <= lane as usize {
+            self.bins.push(Bins::new());
+        }
+    }
+
+    /// Puts a free node into its bin.
+    #[inline]
+    pub(super) fn link(&mut self, index: u32) {
+        let node = &mut self.nodes[index as usize];
+        let (granules, lane) = (node.granules(), node.tag().lane);
+        let head = self.bins[lane as usize].set_head(class_of(granules), index);
+        node.set_link_prev(NIL);
+        node.set_link_next(head);
+        if head != NIL {
+            self.nodes[head as usize].set_link_prev(index);
+        }
+        if lane != HOLE {
+            self.free_bytes += self.bytes(granules);
+        }
+    }
+
+    /// Takes a node out of its bin.
+    #[inline]
+    pub(super) fn unlink(&mut self, index: u32) {
+        let node = &self.nodes[index as usize];
+        let (granules, lane) = (node.granules(), node.tag().lane);
+        let (before, after) = (node.link_prev(), node.link_next());
+        if after != NIL {
+            self.nodes[after as usize].set_link_prev(before);
+        }
+        if before != NIL {
+            self.nodes[before as usize].set_link_next(after);
+        } else {
+            self.bins[lane as usize].pop_head(class_of(granules), after);
+        }
+        if lane != HOLE {
+            self.free_bytes -= self.bytes(granules);
+        }
+    }
+
+    /// Gives a node in a bin another size; it changes bins only where that is of another class.
+    #[inline]
+    pub(super) fn resize(&mut self, index: u32, granules: u32) {
+        let node = &mut self.nodes[index as usize];
+        let before = node.granules();
+        if class_of(before) == class_of(granules) {
+            node.set(granules, FREE);
+            if node.tag().lane != HOLE {
+                self.free_bytes = self.free_bytes - self.bytes(before) + self.bytes(granules);
+            }
+        } else {
+            self.unlink(index);
+            self.nodes[index as usize].set(granules, FREE);
+            self.link(index);
+        }
+    }
+
+    /// Number and place of every free range of a lane.
+    pub(super) fn in_lane(&self, lane: u16) -> Vec<(u32, usize)> {
+        let mut found = Vec::new();
+        let Some(bins) = self.bins.get(lane as usize) else { return found };
+        let mut class = 0;
+        while let Some(filled) = bins.next_filled(class) {
+            let mut at = bins.heads[filled];
+            while at != NIL {
+                found.push((at, self.nodes[at as usize].at()));
+                at = self.nodes[at as usize].link_next();
+            }
+            class = filled + 1;
+        }
+        found
+    }
+
+    /// Calls `visit` with place and size of every free range of a lane.
+    pub(in crate::gpu) fn free_in_lane(&self, lane: u16, visit: &mut dyn FnMut(usize, usize)) {
+        self.in_lane(lane).into_iter().for_each(|(node, _)| visit(self.start(node), self.len(node)));
+    }
+
+    /// Whether the lane has free ranges here.
+    pub(in crate::gpu) fn has_free(&self, lane: u16) -> bool {
+        self.bins.get(lane as usize).is_some_and(|bins| bins.any != 0)
+    }
+}
