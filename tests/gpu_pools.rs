@@ -603,3 +603,60 @@ fn a_pool_grows_where_work_in_flight_does_not_end() {
     let (before, after) = two_blocks_in_flight(20_000);
     assert!(after > before, "{after}");
 }
+
+#[test]
+fn a_request_misses_once_however_much_it_takes_to_serve_it() {
+    let gpu = device(31);
+    let stream = gpu.new_stream().unwrap();
+    for config in [PoolConfig::default_gpu(), PoolConfig::default_gpu().max_size(8 << 20)] {
+        let pool = DevicePool::new(&gpu, config).unwrap();
+        // The pool grows, which looks for room several times.
+        let first = pool.alloc_uninit::<u8>(1 << 20, &stream).unwrap();
+        let stats = pool.stats();
+        assert_eq!((stats.allocation_count, stats.cache_misses, stats.cache_hits), (1, 1, 0));
+        drop(first);
+        let _again = pool.alloc_uninit::<u8>(1 << 20, &stream).unwrap();
+        let stats = pool.stats();
+        assert_eq!((stats.allocation_count, stats.cache_misses, stats.cache_hits), (2, 1, 1));
+    }
+}
+
+#[test]
+fn a_borrowed_stream_is_asked_once_at_each_step() {
+    let gpu = device(32);
+    let sim = gpu.simulation().unwrap();
+    let owner = gpu.new_stream().unwrap();
+    // SAFETY: `owner` outlives the handle.
+    let borrowed = unsafe { gpu.stream_from_raw(owner.as_raw()) };
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    pool.reserve(64 << 20).unwrap();
+    // Sizes that come back and sizes that do not: through a cache and past it.
+    for step in 0..200 {
+        let before = sim.count("cuStreamIsCapturing");
+        let block = pool.allocate_async(4096 + step % 7 * step * 512, &borrowed).unwrap();
+        assert_eq!(sim.count("cuStreamIsCapturing"), before + 1);
+        // SAFETY: live, never used, freed once.
+        unsafe { pool.deallocate_async(block, &borrowed) };
+        assert_eq!(sim.count("cuStreamIsCapturing"), before + 2);
+    }
+    pool.check().unwrap();
+}
+
+#[test]
+fn pieces_side_by_side_go_back_in_one_call() {
+    let gpu = device(33);
+    let sim = gpu.simulation().unwrap();
+    let stream = gpu.new_stream().unwrap();
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    // Each takes a piece of its own behind the last.
+    let blocks: Vec<_> = (0..16).map(|_| pool.alloc_uninit::<u8>(8 << 20, &stream).unwrap()).collect();
+    let made = sim.count("cuMemCreate");
+    assert!(made >= 8, "{made}");
+    drop(blocks);
+    gpu.synchronize().unwrap();
+    let before = sim.count("cuMemUnmap");
+    let reserved = pool.pool_size();
+    assert_eq!((pool.trim(0).unwrap(), pool.pool_size()), (reserved, 0));
+    assert_eq!((sim.count("cuMemUnmap") - before, sim.count("cuMemRelease")), (1, made));
+    pool.check().unwrap();
+}

@@ -1,8 +1,8 @@
 //! The physical pieces of a pool, and which of them should fill a gap.
 //!
 //! The driver's price is one a piece, whatever its size, so pieces are few and large: each new one is about a
-//! sixty-fourth of what the pool holds, from one unit up to 32 MiB (or a thousandth of the pool, if that is
-//! more). Where a gap is larger than that, it gets larger pieces.
+//! sixty-fourth of what the pool holds, from one unit up to 32 MiB, and of large pools a four-thousandth more. Where
+//! a gap is larger than that, it gets larger pieces.
 
 #![forbid(unsafe_code)]
 
@@ -10,10 +10,10 @@ use std::collections::BTreeMap;
 
 use crate::gpu::driver::Handle;
 
-/// Pieces grow with the pool up to this size ...
+/// Pieces grow with the pool up to this size, ...
 const LARGE_PIECE: usize = 32 << 20;
-/// ... of which the pool then has this many, before they grow further.
-const MANY: usize = 1024;
+/// ... and then by this part of the pool, which so has fewer pieces than this.
+const MANY: usize = 4096;
 /// The part of the pool that a new piece is, while pieces are smaller than that.
 const PART: usize = 64;
 /// How much more than usual a piece may be where the gap is as large.
@@ -153,8 +153,7 @@ impl Pieces {
     /// The usual size of a new piece.
     pub(in crate::gpu) fn usual(&self) -> usize {
         let part = (self.bytes / PART).checked_next_power_of_two().unwrap_or(LARGE_PIECE);
-        let most = (self.bytes / MANY).checked_next_power_of_two().unwrap_or(LARGE_PIECE).max(LARGE_PIECE);
-        part.clamp(self.unit, most.max(self.unit))
+        part.clamp(self.unit, LARGE_PIECE.max(self.unit)) + (self.bytes / MANY & !(self.unit - 1))
     }
 
     /// The pieces that fill `gap`: from `at_hand` (sorted by length; what is taken leaves it), else new ones, of

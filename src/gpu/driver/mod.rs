@@ -132,7 +132,7 @@ pub(crate) unsafe trait Driver: Send + Sync + fmt::Debug {
     unsafe fn set_access(&self, addr: usize, bytes: usize) -> Result<()>;
 
     /// # Safety
-    /// The range was mapped by one `map`; work in flight does not touch it.
+    /// The range is made of whole mappings; work in flight does not touch it.
     unsafe fn unmap(&self, addr: usize, bytes: usize) -> Result<()>;
 
     /// The handle mapped around `addr`, for another process. The descriptor keeps the memory alive, and so does

@@ -91,19 +91,26 @@ impl Source {
     /// The pieces lie where it says, and all work on them is known to be complete.
     pub(super) unsafe fn release(&self, driver: &dyn Driver, pieces: &[(usize, Piece)]) -> Done {
         let mut done = Done::default();
-        for &(at, piece) in pieces {
+        let mut sorted = pieces.to_vec();
+        sorted.sort_unstable_by_key(|&(at, _)| at);
+        let touch =
+            |&(at, piece): &(usize, Piece), &(next, _): &(usize, Piece)| at != 0 && at + piece.len == next;
+        for side_by_side in sorted.chunk_by(touch) {
+            let (first, bytes) = (side_by_side[0].0, side_by_side.iter().map(|(_, piece)| piece.len).sum());
             // SAFETY: the caller's contract.
-            if at != 0 && unsafe { driver.unmap(at, piece.len) }.is_err() {
-                done.mapped.push((at, piece));
+            if first != 0 && unsafe { driver.unmap(first, bytes) }.is_err() {
+                done.mapped.extend_from_slice(side_by_side);
                 continue;
             }
-            // A second try gets past a passing failure.
-            let release = || {
-                // SAFETY: the piece is mapped nowhere any more.
-                unsafe { driver.release_handle(piece.handle) }
-            };
-            if release().is_err() && release().is_err() {
-                done.spare.push(piece);
+            for &(_, piece) in side_by_side {
+                // A second try gets past a passing failure.
+                let release = || {
+                    // SAFETY: the piece is mapped nowhere any more.
+                    unsafe { driver.release_handle(piece.handle) }
+                };
+                if release().is_err() && release().is_err() {
+                    done.spare.push(piece);
+                }
             }
         }
         done
@@ -131,40 +138,64 @@ fn leave(step: &Step, done: &mut Done) {
     }
 }
 
+/// Unmaps the pieces that a gap's steps take from elsewhere, those that lie side by side in one call; says for each
+/// step whether its piece is free to be mapped now. Stops at the first refusal.
+///
+/// # Safety
+/// As for [`Source::fill`].
+unsafe fn unmap_all(driver: &dyn Driver, steps: &[Step]) -> (Vec<bool>, Result<()>) {
+    let mut at_hand: Vec<bool> = steps.iter().map(|step| !matches!(step.from, From::Mapped(..))).collect();
+    let mut sources: Vec<(usize, usize, usize)> = Vec::new();
+    for (index, step) in steps.iter().enumerate() {
+        if let From::Mapped(at, _) = step.from {
+            sources.push((at, step.len, index));
+        }
+    }
+    sources.sort_unstable();
+    for side_by_side in sources.chunk_by(|(at, len, _), (next, _, _)| at + len == *next) {
+        let (first, bytes) = (side_by_side[0].0, side_by_side.iter().map(|(_, len, _)| len).sum());
+        // SAFETY: whole pieces lie there, and no work touches them.
+        if let Err(error) = unsafe { driver.unmap(first, bytes) } {
+            return (at_hand, Err(error));
+        }
+        side_by_side.iter().for_each(|&(_, _, index)| at_hand[index] = true);
+    }
+    (at_hand, Ok(()))
+}
+
 /// Fills one gap, whose steps touch; all of it or nothing.
 ///
 /// # Safety
 /// As for [`Source::fill`].
 unsafe fn fill_gap(driver: &dyn Driver, steps: &[Step], done: &mut Done) {
     let mut filled: Vec<(usize, Piece)> = Vec::new();
-    let mut result = Ok(());
-    for step in steps {
-        if result.is_err() {
-            leave(step, done);
-            continue;
-        }
-        let taken = match step.from {
-            // SAFETY: the piece lies there, and no work touches it.
-            From::Mapped(at, handle) => unsafe { driver.unmap(at, step.len) }.map(|()| handle),
-            From::Spare(handle) => Ok(handle),
-            From::New => driver.create_handle(step.len),
-        };
-        result = match taken {
-            Err(error) => {
-                leave(step, done);
-                Err(error)
-            }
-            Ok(handle) => {
-                let piece = Piece { len: step.len, handle };
-                // SAFETY: the gap is reserved and unmapped.
-                let mapped = unsafe { driver.map(step.to, step.len, handle) };
-                match mapped {
-                    Ok(()) => filled.push((step.to, piece)),
-                    Err(_) => done.spare.push(piece),
+    // SAFETY: the caller's contract.
+    let (at_hand, mut result) = unsafe { unmap_all(driver, steps) };
+    for (step, at_hand) in steps.iter().zip(at_hand) {
+        let handle = match step.from {
+            From::Mapped(_, handle) | From::Spare(handle) if at_hand => handle,
+            From::New if result.is_ok() => match driver.create_handle(step.len) {
+                Ok(handle) => handle,
+                Err(error) => {
+                    result = Err(error);
+                    continue;
                 }
-                mapped
+            },
+            _ => {
+                leave(step, done);
+                continue;
             }
         };
+        let piece = Piece { len: step.len, handle };
+        if result.is_ok() {
+            // SAFETY: the gap is reserved and unmapped.
+            result = unsafe { driver.map(step.to, step.len, handle) };
+        }
+        if result.is_ok() {
+            filled.push((step.to, piece));
+        } else {
+            done.spare.push(piece);
+        }
     }
     if let (Ok(()), Some(first)) = (result, steps.first()) {
         let bytes = steps.iter().map(|step| step.len).sum();

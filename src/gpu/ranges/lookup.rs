@@ -72,17 +72,19 @@ impl Ranges {
     }
 
     /// The published live block that begins at an address.
+    #[inline]
     pub(in crate::gpu) fn find(&self, start: usize) -> Option<u32> {
-        if self.chains.is_empty() {
+        if self.chains.is_empty() || start & ((1 << self.shift) - 1) != 0 {
             return None;
         }
-        let mut at = self.chains[self.chain((start >> self.shift) as u32)];
-        while at != NIL {
-            let node = &self.nodes[at as usize];
-            if node.begins_at(start >> self.shift) && self.place(node) == start {
-                return Some(at);
+        let at = start >> self.shift;
+        let mut index = self.chains[self.chain(at as u32)];
+        while index != NIL {
+            let node = &self.nodes[index as usize];
+            if node.begins_at(at) {
+                return Some(index);
             }
-            at = node.link_next();
+            index = node.link_next();
         }
         None
     }

@@ -130,15 +130,17 @@ impl Memory {
         true
     }
 
+    /// Unmaps whole mappings of pieces that lie side by side; false, and nothing is done, where the range is no such.
     pub(super) fn unmap(&mut self, addr: usize, bytes: usize) -> bool {
-        let whole = self.mapped.get(&addr).is_some_and(|m| m.len == bytes && m.piece.is_some());
-        let Some(piece) = whole.then(|| self.mapped.remove(&addr)).flatten().and_then(|m| m.piece) else {
-            return false;
-        };
-        if let Some(piece) = self.pieces.get_mut(&piece) {
-            piece.maps -= 1;
+        let whole = self.pieces_in(addr, bytes).is_some();
+        if whole {
+            for (_, mapped) in self.mapped.extract_if(addr..addr + bytes, |_, _| true) {
+                if let Some(piece) = mapped.piece.and_then(|piece| self.pieces.get_mut(&piece)) {
+                    piece.maps -= 1;
+                }
+            }
         }
-        true
+        whole
     }
 
     /// Host memory: an address that the CPU may touch.

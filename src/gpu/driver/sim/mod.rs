@@ -335,7 +335,8 @@ unsafe impl Driver for SimDevice {
     }
 
     unsafe fn unmap(&self, addr: usize, bytes: usize) -> Result<()> {
-        self.with("cuMemUnmap", costs::UNMAP, |world| {
+        self.with("cuMemUnmap", 0, |world| {
+            world.now_ns += costs::unmap(world.memory.pieces_in(addr, bytes).unwrap_or(0));
             world.given_back(addr, bytes);
             match world.memory.unmap(addr, bytes) {
                 true => Ok(()),
