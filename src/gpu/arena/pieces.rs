@@ -153,7 +153,7 @@ impl Pieces {
     /// The usual size of a new piece.
     pub(in crate::gpu) fn usual(&self) -> usize {
         let part = (self.bytes / PART).checked_next_power_of_two().unwrap_or(LARGE_PIECE);
-        part.clamp(self.unit, LARGE_PIECE.max(self.unit)) + (self.bytes / MANY & !(self.unit - 1))
+        part.clamp(self.unit, LARGE_PIECE.max(self.unit)) + ((self.bytes / MANY) & !(self.unit - 1))
     }
 
     /// The pieces that fill `gap`: from `at_hand` (sorted by length; what is taken leaves it), else new ones, of

@@ -481,11 +481,12 @@ impl Front {
         self.caches().count() * size_of::<Cache>() + self.records.metadata_bytes()
     }
 
-    /// Walks the invariants of the caches; the books are locked.
+    /// Walks the invariants of the caches; the books are locked, and all caches at once meanwhile, since blocks come
+    /// and go there without the books.
     pub(super) fn check(&self, core: &Core) -> Result<(), Broken> {
         let (mut cached, mut bytes) = (0, 0);
-        for cache in self.caches() {
-            let bins = cache.bins.lock();
+        let locked: Vec<_> = self.caches().map(|cache| (cache, cache.bins.lock())).collect();
+        for (cache, bins) in &locked {
             let (mut blocks, mut sum) = (0, 0);
             for entry in bins.entries() {
                 let Some(record) = self.records.get(entry.record) else { continue };
