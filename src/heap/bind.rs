@@ -252,7 +252,22 @@ pub(crate) mod process {
     ///
     /// # Safety
     /// `block` is a live block of the process heap. An address that is not is found out as far as that goes.
+    #[inline]
     pub(crate) unsafe fn usable_size(block: *mut u8) -> usize {
+        if registry::in_segment(block.addr().wrapping_sub(1), &HUB) {
+            // SAFETY: the registry says that there is a segment.
+            let segment = unsafe { &*segment_of(block) };
+            let is_small = segment.class_at(block) < SINGLE;
+            if is_small && segment.span_at(block).begins_block(block) && !HUB.settings.has(Part::Checks) {
+                return segment.span_at(block).size.get() as usize;
+            }
+        }
+        // SAFETY: the caller's contract.
+        unsafe { usable_size_slow(block) }
+    }
+
+    #[inline(never)]
+    unsafe fn usable_size_slow(block: *mut u8) -> usize {
         // SAFETY: the caller's contract, for both.
         unsafe {
             if !begins_block(&HUB, block) {

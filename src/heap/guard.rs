@@ -26,7 +26,7 @@ use super::hub::Hub;
 use super::large::{self, Large};
 use super::registry::{self, Unit};
 use super::seal::{self, SEAL};
-use super::segment::{Segment, segment_of};
+use super::segment::{SEGMENT, Segment, segment_of};
 use super::settings::Part;
 use super::span::SINGLE;
 use super::thread::{CACHES, Slot, ThreadHeap, bump};
@@ -75,6 +75,8 @@ pub(super) struct Guard {
     zero_on_free: Cell<bool>,
     debug: Cell<bool>,
     random: Cell<u64>,
+    /// The number of the segment that a block was last freed in. Segments are in the registry as long as their hub.
+    known: Cell<usize>,
     lanes: [Lane; COUNT],
     waiting: [Slot; CACHES[COUNT]],
     /// Blocks in quarantine that are larger than any class.
@@ -95,6 +97,7 @@ impl Guard {
         guard.shuffle.set(settings.has(Part::RandomOrder));
         guard.quarantine.set(settings.has(Part::Quarantine));
         guard.random.set(seal::random_seed());
+        guard.known.set(usize::MAX);
         Some(guard)
     }
 
@@ -332,8 +335,12 @@ impl ThreadHeap {
     /// Frees what a program says is a block, on a hardened heap (3).
     #[inline(never)]
     pub(super) fn guarded_free(&self, guard: &Guard, block: *mut u8) {
-        if !registry::in_segment(block.addr().wrapping_sub(1), self.hub()) {
-            return self.guarded_free_large(guard, block);
+        let unit = block.addr().wrapping_sub(1) / SEGMENT;
+        if unit != guard.known.get() {
+            if !registry::in_segment(block.addr().wrapping_sub(1), self.hub()) {
+                return self.guarded_free_large(guard, block);
+            }
+            guard.known.set(unit);
         }
         // SAFETY: segments stay mapped as long as their hub.
         let segment = unsafe { &*segment_of(block) };

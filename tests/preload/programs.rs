@@ -18,7 +18,7 @@ const fn case(program: &'static str, arguments: &'static [&'static str], input: 
 }
 
 #[rustfmt::skip]
-const CASES: [Case; 9] = [
+const CASES: [Case; 12] = [
     case(
         "/bin/sh",
         &["-c", "x=a; for i in 1 2 3 4 5 6 7; do x=$x$x; done; echo ${#x}; (echo in a child) | cat"],
@@ -45,6 +45,39 @@ const CASES: [Case; 9] = [
         ],
         "",
     ),
+    // Modules of its own test suite.
+    case(
+        "python3",
+        &[
+            "-c",
+            "import unittest\n\
+             for name in ['test.test_dict', 'test.test_json', 'test.test_deque']:\n\
+             \x20   result = unittest.TestResult()\n\
+             \x20   unittest.defaultTestLoader.loadTestsFromName(name).run(result)\n\
+             \x20   print(name, result.testsRun, result.failures, result.errors)",
+        ],
+        "",
+    ),
+    case(
+        "node",
+        &[
+            "-e",
+            "let m = new Map(); for (let i = 0; i < 30000; i++) m.set('k' + i, { a: i, b: [i, i + 1] }); \
+             let s = JSON.stringify([...m]); console.log(s.length, JSON.parse(s).length)",
+        ],
+        "",
+    ),
+    case(
+        "/bin/sh",
+        &[
+            "-c",
+            "set -e; d=$(mktemp -d); redis-server --port 0 --unixsocket $d/s --save '' >/dev/null & p=$!; \
+             for i in 1 2 3 4 5 6 7 8 9 10; do [ -S $d/s ] && break; sleep 0.2; done; \
+             redis-cli -s $d/s eval \"for i = 1, 5000 do redis.call('set', 'k' .. i, string.rep('x', i % 300)) end \
+             return redis.call('dbsize')\" 0; kill $p; wait $p || true; rm -r $d",
+        ],
+        "",
+    ),
     case("git", &["log", "--stat", "-3", "--format=%H %s"], ""),
     case(
         "sqlite3",
@@ -68,11 +101,11 @@ const CASES: [Case; 9] = [
 ];
 
 /// What the program says, and whether that was a success.
-fn run(case: &Case, preload: Option<&Path>) -> std::io::Result<(String, String, bool)> {
+fn run(case: &Case, preload: Option<(&Path, &str)>) -> std::io::Result<(String, String, bool)> {
     let mut command = Command::new(case.program);
     command.args(case.arguments).current_dir(env!("CARGO_MANIFEST_DIR")).env("LC_ALL", "C");
-    if let Some(library) = preload {
-        command.env("LD_PRELOAD", library);
+    if let Some((library, hardened)) = preload {
+        command.env("LD_PRELOAD", library).env("MEMORY_POOL_HARDENED", hardened);
     }
     let output = output_told(&mut command, case.input)?;
     Ok((text(&output.stdout), text(&output.stderr), output.status.success()))
@@ -91,7 +124,10 @@ fn foreign_programs_do_the_same_on_this_heap() {
             println!("left out, fails without the library as well: {}: {}", case.program, expected.1);
             continue;
         }
-        assert_eq!(run(case, Some(&library)).unwrap(), expected, "{}", case.program);
+        for hardened in ["0", "1"] {
+            let said = run(case, Some((&library, hardened))).unwrap();
+            assert_eq!(said, expected, "{}, hardened: {hardened}", case.program);
+        }
         ran += 1;
     }
     assert!(ran > 0, "/bin/sh is everywhere");
