@@ -152,6 +152,10 @@ impl Target for OnPool {
         self.sim.as_ref().map(|sim| (sim.calls(), sim.virtual_ns()))
     }
 
+    fn books(&self) -> Option<usize> {
+        Some(self.pool.metadata_size())
+    }
+
     fn settle(&self) {
         // A failure shows in the next round.
         let _ = self.pool.device().synchronize();

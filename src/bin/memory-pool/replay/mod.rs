@@ -63,6 +63,10 @@ trait Target {
     fn driver(&self) -> Option<(u64, u64)> {
         None
     }
+    /// Bytes of host memory that its books take, where it knows.
+    fn books(&self) -> Option<usize> {
+        None
+    }
     /// Waits until nothing is in flight.
     fn settle(&self) {}
 }
@@ -91,6 +95,7 @@ fn replay(trace: &Trace, target: &dyn Target, pool: String) -> Result<Report, St
         streams: trace.streams(),
         peak_live: trace.peak_live(),
         peak_reserved,
+        books: target.books(),
         cold,
         warm,
         curve,

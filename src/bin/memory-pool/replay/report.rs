@@ -38,6 +38,8 @@ pub(super) struct Report {
     pub(super) peak_live: u64,
     /// In the first round.
     pub(super) peak_reserved: usize,
+    /// Bytes that the books take at the end; they do not shrink.
+    pub(super) books: Option<usize>,
     /// With an empty pool, and with what that left.
     pub(super) cold: Round,
     pub(super) warm: Round,
@@ -83,6 +85,10 @@ impl Report {
             gib(self.peak_reserved as f64),
             self.ratio(),
         );
+        if let Some(books) = self.books {
+            let part = 100.0 * books as f64 / self.peak_reserved.max(1) as f64;
+            text += &format!("books         {:>10.1} KiB, {part:.4} % of the reserved\n", books as f64 / 1024.0);
+        }
         text += &self.round("cold", &self.cold);
         text += &self.round("warm", &self.warm);
         text += "\nreserved (.) and live (#) over the first round, in sixtieths of the peak reserved; at the end of a \
@@ -110,6 +116,7 @@ impl Report {
             }
             fields
         };
+        let books = self.books.map_or(String::new(), |books| format!("\"books\":{books},"));
         let curve: Vec<String> = self
             .curve
             .iter()
@@ -117,7 +124,7 @@ impl Report {
             .collect();
         format!(
             "{{\"pool\":\"{}\",\"place\":\"{}\",\"operations\":{},\"streams\":{},\"peak_live\":{},\
-             \"peak_reserved\":{},\"reserved_over_live\":{:.4},{},{},\"live_reserved_fragmentation\":[{}]}}\n",
+             \"peak_reserved\":{},\"reserved_over_live\":{:.4},{books}{},{},\"live_reserved_fragmentation\":[{}]}}\n",
             self.pool,
             self.place.replace(['"', '\\'], ""),
             self.events,
