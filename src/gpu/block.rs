@@ -44,7 +44,21 @@ impl Foreign {
 impl Block {
     #[inline]
     pub(super) fn new<T>(pool: &DevicePool, bytes: usize, home: &Stream) -> Result<Self> {
-        Ok(Self { lease: Lease::new::<T, _>(pool, bytes, Some(home))?, foreign: None })
+        if let Some(block) = Self::cached::<T>(pool, bytes, home) {
+            return Ok(block);
+        }
+        Self::from_books::<T>(pool, bytes, home)
+    }
+
+    /// A block that a cache has; `None` where there is more to do.
+    #[inline]
+    pub(super) fn cached<T>(pool: &DevicePool, bytes: usize, home: &Stream) -> Option<Self> {
+        Some(Self { lease: Lease::cached::<T, _>(pool, bytes, Some(home))?, foreign: None })
+    }
+
+    /// A block that no cache has.
+    pub(super) fn from_books<T>(pool: &DevicePool, bytes: usize, home: &Stream) -> Result<Self> {
+        Ok(Self { lease: Lease::from_books::<T, _>(pool, bytes, Some(home))?, foreign: None })
     }
 
     /// A block of memory that is somebody else's.

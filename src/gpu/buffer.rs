@@ -49,16 +49,33 @@ unsafe impl<T: Send> Send for DeviceBuffer<T> {}
 unsafe impl<T: Sync> Sync for DeviceBuffer<T> {}
 
 impl<T> DeviceBuffer<T> {
+    #[inline]
     pub(super) fn from_block(block: Block, len: usize) -> Self {
         Self { block, len, holds: PhantomData }
     }
 
+    #[inline]
     pub(super) fn uninit(
         pool: &DevicePool,
         len: usize,
         stream: &Stream,
     ) -> Result<DeviceBuffer<MaybeUninit<T>>> {
-        let block = Block::new::<T>(pool, bytes_of::<T>(len)?, stream)?;
+        // Apart from all that may fail, so that the common way moves no results about.
+        if let Some(bytes) = len.checked_mul(size_of::<T>())
+            && let Some(block) = Block::cached::<T>(pool, bytes, stream)
+        {
+            return Ok(DeviceBuffer::from_block(block, len));
+        }
+        Self::uninit_from_books(pool, len, stream)
+    }
+
+    #[inline(never)]
+    fn uninit_from_books(
+        pool: &DevicePool,
+        len: usize,
+        stream: &Stream,
+    ) -> Result<DeviceBuffer<MaybeUninit<T>>> {
+        let block = Block::from_books::<T>(pool, bytes_of::<T>(len)?, stream)?;
         Ok(DeviceBuffer::from_block(block, len))
     }
 

@@ -52,8 +52,14 @@ unsafe impl<T: Send, K: HostAccessible> Send for HostBuffer<T, K> {}
 unsafe impl<T: Sync, K: HostAccessible> Sync for HostBuffer<T, K> {}
 
 impl<T, K: HostAccessible> HostBuffer<T, K> {
+    #[inline]
     fn space(pool: &GpuPool<K>, len: usize) -> Result<Self> {
-        let lease = Lease::new::<T, K>(pool, bytes_of::<T>(len)?, None)?;
+        if let Some(bytes) = len.checked_mul(size_of::<T>())
+            && let Some(lease) = Lease::cached::<T, K>(pool, bytes, None)
+        {
+            return Ok(Self { lease, len, used_on: None, holds: PhantomData });
+        }
+        let lease = Lease::from_books::<T, K>(pool, bytes_of::<T>(len)?, None)?;
         Ok(Self { lease, len, used_on: None, holds: PhantomData })
     }
 

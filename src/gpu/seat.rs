@@ -19,16 +19,17 @@ use core::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use super::core::Ticket;
-use super::front::{Bins, Whose};
+use super::front::{Bins, Cache, Whose};
 use super::kind::{Device, MemoryKind};
 use super::pool::{DevicePool, GpuPool, Inner, empty};
 use super::stream::Stream;
 use crate::base::error::Result;
-use crate::base::pool::AllocFlags;
 use crate::base::turn::TurnGuard;
 
-/// A pool and a stream, kept. The kind is forgotten here: buffers know theirs.
+/// A pool and a stream, kept. The kind is forgotten here: buffers know theirs. Threads that use different ones share no
+/// line of the processor's.
 #[derive(Debug)]
+#[repr(align(64))]
 pub(super) struct Seat {
     pool: DevicePool,
     /// Where the block is the CPU's, a stream that is not used.
@@ -52,10 +53,16 @@ impl Seat {
         &self.pool.inner
     }
 
-    /// Whose cache the seat goes to; `None` where the stream is captured.
+    /// The cache that the seat goes to, whether or not the stream is captured just now.
     #[inline]
-    fn whose(&self) -> Option<Whose> {
-        Whose::of(self.stream(), Inner::session(self.stream()).ok()?.as_ref())
+    fn cache(&self) -> Option<&Cache> {
+        self.inner().front.cache(Whose::of(self.stream(), None)?)
+    }
+
+    /// Whether a block can be freed into the cache without another look.
+    #[inline]
+    fn is_plain(&self) -> bool {
+        !self.inner().is_watched() && (self.cpu || !self.home.may_be_captured())
     }
 }
 
@@ -69,9 +76,22 @@ pub(super) struct Lease {
 }
 
 impl Lease {
-    /// A block of `bytes` for `T`s and for work on `stream`, or for the CPU.
+    /// A block of `bytes` that a cache has; `None` where there is more to do.
     #[inline]
-    pub(super) fn new<T, K: MemoryKind>(
+    pub(super) fn cached<T, K: MemoryKind>(
+        pool: &GpuPool<K>,
+        bytes: usize,
+        stream: Option<&Stream>,
+    ) -> Option<Self> {
+        let (record, seat) = pool.inner.take_cached(bytes, align_of::<T>(), stream);
+        let record = record?;
+        let seat = ManuallyDrop::new(seat.unwrap_or_else(|| Seat::new(pool, stream)));
+        Some(Self { seat, ticket: Some(record.ticket()), start: record.start(), bytes: record.len() })
+    }
+
+    /// A block of `bytes` for `T`s and for work on `stream`, or for the CPU, that no cache has.
+    #[inline(never)]
+    pub(super) fn from_books<T, K: MemoryKind>(
         pool: &GpuPool<K>,
         bytes: usize,
         stream: Option<&Stream>,
@@ -80,8 +100,7 @@ impl Lease {
             stream.map_or(Ok(()), |stream| pool.inner.accept(stream))?;
             return Ok(Self::of_none(pool, empty::<T>(), 0, stream));
         }
-        let mut seat = None;
-        let placed = pool.inner.take(bytes, align_of::<T>(), stream, AllocFlags::NONE, Some(&mut seat))?;
+        let (placed, seat) = pool.inner.take_uncached(bytes, align_of::<T>(), stream)?;
         let seat = ManuallyDrop::new(seat.unwrap_or_else(|| Seat::new(pool, stream)));
         Ok(Self { seat, ticket: Some(placed.ticket), start: placed.start, bytes: placed.len })
     }
@@ -135,12 +154,10 @@ fn give(seat: Arc<Seat>, ticket: Ticket, start: usize, bytes: usize) {
     let seat = Arc::into_raw(seat);
     // SAFETY: counted until `lay_down` or the end of `give_slow`.
     let this = unsafe { &*seat };
-    let front = &this.inner().front;
-    if !this.inner().is_watched()
-        && let Some(whose) = this.whose()
-        && let Some(cache) = front.cache(whose)
+    if this.is_plain()
+        && let Some(cache) = this.cache()
         && let Some(mut bins) = cache.bins.try_lock()
-        && front.put(cache, &mut bins, start, false)
+        && this.inner().front.put(cache, &mut bins, start, false)
     {
         // SAFETY: `seat` came from `into_raw`, is of this cache, and nothing is touched after.
         unsafe { lay_down(bins, seat) };
@@ -157,8 +174,7 @@ unsafe fn give_slow(seat: *const Seat, ticket: Ticket, start: usize, bytes: usiz
     // SAFETY: counted until `lay_down` or the end.
     let this = unsafe { &*seat };
     this.inner().give(ticket, start, bytes, this.stream());
-    if let Some(whose) = this.whose()
-        && let Some(cache) = this.inner().front.cache(whose)
+    if let Some(cache) = this.cache()
         && let Some(bins) = cache.bins.try_lock()
     {
         // SAFETY: `seat` came from `into_raw`, is of this cache, and nothing is touched after.

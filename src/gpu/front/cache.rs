@@ -63,8 +63,11 @@ pub(in crate::gpu) struct Bins {
     /// The lane of the stream, while the cache is open.
     pub(super) lane: u16,
     pub(super) served: Served,
-    /// Spare ones for buffers, all alike; none in a cache that is shut.
-    seats: Vec<Arc<Seat>>,
+    /// Spare ones for buffers, all alike; none in a cache that is shut. They lie here, so that no two caches write to
+    /// one line of the processor's.
+    seats: [Option<Arc<Seat>>; SEATS],
+    /// How many of them there are, from the first.
+    spare: usize,
     /// Where to look next for something to give up.
     hand: usize,
     /// Which bins hold blocks.
@@ -82,23 +85,31 @@ impl Bins {
     /// A seat, of which one stays here for those who come when there are no spare ones.
     #[inline]
     pub(in crate::gpu) fn seat(&mut self) -> Option<Arc<Seat>> {
-        if self.seats.len() > 1 { self.seats.pop() } else { self.seats.first().cloned() }
+        if self.spare > 1 {
+            self.spare -= 1;
+            return self.seats[self.spare].take();
+        }
+        self.seats[0].clone()
     }
 
     /// Keeps a seat, or gives it back where there is no room or the cache is shut.
     #[inline]
     pub(in crate::gpu) fn keep_seat(&mut self, seat: Arc<Seat>) -> Option<Arc<Seat>> {
-        if !self.open || self.seats.len() == SEATS {
-            return Some(seat);
+        match self.seats.get_mut(self.spare) {
+            Some(place) if self.open => {
+                self.spare += 1;
+                // The place is empty.
+                place.replace(seat)
+            }
+            _ => Some(seat),
         }
-        self.seats.push(seat);
-        None
     }
 
     /// Shuts the cache, which is empty; the seats are to be dropped with no lock held.
     pub(super) fn shut(&mut self) -> Vec<Arc<Seat>> {
         self.open = false;
-        std::mem::take(&mut self.seats)
+        self.spare = 0;
+        self.seats.iter_mut().filter_map(Option::take).collect()
     }
 
     /// The youngest block of this size that `fits`; it is taken out.
@@ -191,7 +202,8 @@ impl Cache {
             open: false,
             lane: CLEAN,
             served: Served::default(),
-            seats: Vec::new(),
+            seats: [const { None }; SEATS],
+            spare: 0,
             hand: 0,
             filled: 0,
             bins: [Bin::default(); BINS],
@@ -235,7 +247,7 @@ impl Cache {
         self.bytes.load(Relaxed)
     }
 
-    pub(super) fn blocks(&self) -> usize {
+    pub(in crate::gpu) fn blocks(&self) -> usize {
         self.blocks.load(Relaxed)
     }
 

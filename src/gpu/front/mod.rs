@@ -48,10 +48,9 @@ use crate::base::stats::MemoryStats;
 use crate::base::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use crate::engine::Broken;
 
-pub(super) use cache::Bins;
+pub(super) use cache::{Bins, Cache};
 pub(super) use records::{CACHED, PUBLISHED, Record, Records, SHARED};
 
-pub(super) use cache::Cache;
 use cache::{DEPTH, Entry};
 
 /// Blocks up to this size are cached.
@@ -223,27 +222,26 @@ impl Front {
         rows.chain([&self.cpu]).flat_map(Row::caches)
     }
 
-    /// A cached block for a request of `bytes`, rounded as the pool rounds them, and a seat where one is wanted.
+    /// A cached block for a request of `bytes`, rounded as the pool rounds them.
     #[inline]
-    pub(super) fn take(
-        &self,
-        cache: &Cache,
-        bytes: usize,
-        align: usize,
-        seat: Option<&mut Option<Arc<Seat>>>,
-    ) -> Option<Placed> {
-        if cache.blocks() == 0 {
-            return None;
-        }
+    pub(super) fn take(&self, cache: &Cache, bytes: usize, align: usize) -> Option<Placed> {
+        let record = self.pick(cache, &mut *cache.bins.try_lock()?, bytes, align)?;
+        let (start, len, published) = (record.start(), record.len(), record.flags() & PUBLISHED != 0);
+        Some(Placed { ticket: record.ticket(), start, len, published })
+    }
+
+    /// [`take`](Self::take) from a cache that is locked. What is known of the block is returned as a reference, in a
+    /// register: values that are written here and read by the caller in other widths would wait for each other.
+    #[inline]
+    pub(super) fn pick(&self, cache: &Cache, bins: &mut Bins, bytes: usize, align: usize) -> Option<&Record> {
         let granules = u32::try_from(bytes.checked_add((1 << self.shift) - 1)? >> self.shift).ok()?;
-        let mut bins = cache.bins.try_lock()?;
         let fits = |number| {
             align <= 1 << self.shift
                 || self.records.get(number).is_some_and(|record| record.start().is_multiple_of(align))
         };
         let entry = bins.pop(granules, fits)?;
         let record = self.records.get(entry.record)?;
-        let (start, len) = (record.start(), record.len());
+        let len = record.len();
         record.set(CACHED, false);
         cache.less(len);
         cache.asked_again(granules);
@@ -251,11 +249,7 @@ impl Front {
         served.allocations += 1;
         served.bytes += len as u64;
         served.histogram[MemoryStats::bucket(bytes)] += 1;
-        if let Some(seat) = seat {
-            *seat = bins.seat();
-        }
-        let published = record.flags() & PUBLISHED != 0;
-        Some(Placed { ticket: record.ticket(), start, len, published })
+        Some(record)
     }
 
     /// Caches a block that is freed, if that takes no more than this; `by_address` where its address is all that is

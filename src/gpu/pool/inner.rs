@@ -15,7 +15,6 @@ use super::super::driver::Space;
 use super::super::front::{Front, Whose};
 use super::super::handle::Users;
 use super::super::ranges::CLEAN;
-use super::super::seat::Seat;
 use super::super::stream::Stream;
 use super::options;
 use super::source::{Reserved, Source};
@@ -96,8 +95,8 @@ impl Inner {
         Ok(inner)
     }
 
-    /// A block for work on `stream`, or for the CPU: with a seat where one is wanted and the cache has one, else as far
-    /// as there is room for that to be found by its address. `bytes` is not 0.
+    /// A block for work on `stream`, or for the CPU, and as far as there is room for that `by_address`: to be found by
+    /// its address. `bytes` is not 0.
     #[inline]
     pub(super) fn take_plain(
         self: &Arc<Self>,
@@ -105,7 +104,7 @@ impl Inner {
         align: usize,
         stream: Option<&Stream>,
         flags: AllocFlags,
-        mut seat: Option<&mut Option<Arc<Seat>>>,
+        by_address: bool,
     ) -> Result<Placed> {
         let align = align.max(self.config.alignment);
         let Some(rounded) = options::rounded(&self.config, bytes) else {
@@ -116,22 +115,15 @@ impl Inner {
         }
         let session = Self::session(stream)?;
         let whose = Whose::of(stream, session.as_ref());
-        let cache = whose.and_then(|whose| self.front.cache(whose));
-        match cache.and_then(|cache| self.front.take(cache, rounded, align, seat.as_deref_mut())) {
+        let cache = whose.and_then(|whose| self.front.cache(whose)).filter(|cache| cache.blocks() != 0);
+        match cache.and_then(|cache| self.front.take(cache, rounded, align)) {
             Some(placed) => Ok(placed),
-            None => {
-                let by_address = seat.is_none();
-                let placed = self.take_from_books(rounded, align, stream, session, flags, by_address)?;
-                if let (Some(whose), Some(seat)) = (whose, seat) {
-                    *seat = self.front.seat(whose);
-                }
-                Ok(placed)
-            }
+            None => self.take_from_books(rounded, align, stream, session, flags, by_address),
         }
     }
 
     #[inline(never)]
-    fn take_from_books(
+    pub(super) fn take_from_books(
         self: &Arc<Self>,
         bytes: usize,
         align: usize,

@@ -1,5 +1,6 @@
 //! Pools of GPU memory: handles, and what is made with them.
 
+mod cached;
 mod giving;
 mod growth;
 mod inner;
@@ -137,7 +138,7 @@ impl<K: MemoryKind> GpuPool<K> {
         stream: Option<&Stream>,
         flags: AllocFlags,
     ) -> Result<NonNull<[u8]>> {
-        let placed = self.inner.take(bytes, align, stream, flags, None)?;
+        let placed = self.inner.take(bytes, align, stream, flags, true)?;
         if !placed.published && !self.inner.core.lock().publish(placed.ticket) {
             self.inner.give(placed.ticket, placed.start, placed.len, stream);
             return Err(Error::oom(bytes, OomReason::Source));
@@ -308,6 +309,7 @@ impl DevicePool {
     }
 
     /// Space for `len` elements on the device, whose contents are undefined.
+    #[inline]
     pub fn alloc_uninit<T>(
         &self,
         len: usize,

@@ -24,7 +24,6 @@ use std::sync::Arc;
 use super::super::core::{Placed, Ticket};
 use super::super::device::GpuDevice;
 use super::super::ranges::CLEAN;
-use super::super::seat::Seat;
 use super::super::stream::Stream;
 use super::Inner;
 use crate::base::config::PoolConfig;
@@ -169,8 +168,8 @@ unsafe impl Reach for GpuReach {
 }
 
 impl Inner {
-    /// A block for work on `stream`, or for the CPU, and a seat where one is wanted and the cache has one. `bytes` is
-    /// not 0.
+    /// A block for work on `stream`, or for the CPU, and as far as there is room for that `by_address`: to be found by
+    /// its address. `bytes` is not 0.
     #[inline]
     pub(in crate::gpu) fn take(
         self: &Arc<Self>,
@@ -178,11 +177,11 @@ impl Inner {
         align: usize,
         stream: Option<&Stream>,
         flags: AllocFlags,
-        seat: Option<&mut Option<Arc<Seat>>>,
+        by_address: bool,
     ) -> Result<Placed> {
         match &self.watch {
-            None => self.take_plain(bytes, align, stream, flags, seat),
-            Some(watch) => self.take_watched(watch, bytes, align, stream, flags, seat),
+            None => self.take_plain(bytes, align, stream, flags, by_address),
+            Some(watch) => self.take_watched(watch, bytes, align, stream, flags, by_address),
         }
     }
 
@@ -228,14 +227,14 @@ impl Inner {
         align: usize,
         stream: Option<&Stream>,
         flags: AllocFlags,
-        mut seat: Option<&mut Option<Arc<Seat>>>,
+        by_address: bool,
     ) -> Result<Placed> {
         if !watch.owner.admits() {
             return Err(Error::InvalidOperation(Refusal::WrongThread));
         }
         let captured = stream.is_some_and(Stream::is_capturing);
         let Some(layer) = watch.layer.as_ref().filter(|_| !captured) else {
-            let placed = self.take_plain(bytes, align, stream, flags, seat)?;
+            let placed = self.take_plain(bytes, align, stream, flags, by_address)?;
             if watch.tracker().is_some() {
                 watch.bare.lock().insert(placed.start);
             }
@@ -246,7 +245,7 @@ impl Inner {
         let inner = layer.inflate(asked).ok_or(Error::oom(bytes, OomReason::Overflow))?;
         let reserved = self.core.lock().reserved;
         let placed = loop {
-            match self.take_plain(inner.size(), inner.align(), stream, flags, seat.as_deref_mut()) {
+            match self.take_plain(inner.size(), inner.align(), stream, flags, by_address) {
                 Err(Error::OutOfMemory { .. }) if self.evict(watch, true) => {}
                 taken => break taken?,
             }

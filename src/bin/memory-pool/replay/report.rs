@@ -87,7 +87,8 @@ impl Report {
         );
         if let Some(books) = self.books {
             let part = 100.0 * books as f64 / self.peak_reserved.max(1) as f64;
-            text += &format!("books         {:>10.1} KiB, {part:.4} % of the reserved\n", books as f64 / 1024.0);
+            text +=
+                &format!("books         {:>10.1} KiB, {part:.4} % of the reserved\n", books as f64 / 1024.0);
         }
         text += &self.round("cold", &self.cold);
         text += &self.round("warm", &self.warm);
