@@ -188,18 +188,29 @@ pub struct Record {
 }
 
 impl Record {
-    /// Writes it into a lane, with checksums that hold; `wrong_len`: its length is not that of its body.
+    /// Writes it into a lane, with checksums that hold; `wrong_len`: its length is not that of its body. Some are short
+    /// records.
     pub fn write(&self, log: &mut [u8], identity: u64, lane: usize, wrong_len: bool) {
-        let body = &self.body[..self.body.len().min(LANE / 8 - 8)];
+        let mut put = |words: &mut dyn Iterator<Item = u64>| {
+            for (i, word) in words.enumerate() {
+                let at = lane * LANE + i * 8;
+                log[at..at + 8].copy_from_slice(&word.to_le_bytes());
+            }
+        };
+        if self.settled == 6 {
+            let body = &self.body[..self.body.len().min(LANE / 8 - 2)];
+            let len = body.len() as u64 + if wrong_len { self.group } else { 0 };
+            let head = 1 << 63 | (len & 0x3FF) << 52 | self.sequence;
+            let sum = checksum(identity ^ lane as u64, [head].into_iter().chain(body.iter().copied()));
+            return put(&mut [sum, head].into_iter().chain(body.iter().copied()));
+        }
+        let body = &self.body[..self.body.len().min(LANE / 8 - 12)];
         let body_sum = checksum(identity, body.iter().copied());
         let len = body.len() as u64 * 8 + if wrong_len { self.group * 8 } else { 0 };
         let block = if self.settled == 7 { self.group << 12 } else { 0 };
-        let fields = [self.sequence, self.settled, body_sum, len, block, self.group];
+        let fields = [self.sequence, self.settled, body_sum, len, block, self.group, self.sequence, len, 1, 2];
         let head = std::iter::once(checksum(identity ^ lane as u64, fields)).chain(fields);
-        for (i, word) in head.chain(std::iter::once(0)).chain(body.iter().copied()).enumerate() {
-            let at = lane * LANE + i * 8;
-            log[at..at + 8].copy_from_slice(&word.to_le_bytes());
-        }
+        put(&mut head.chain(std::iter::once(0)).chain(body.iter().copied()));
     }
 }
 

@@ -112,10 +112,8 @@ pub fn check(path: impl AsRef<Path>) -> Result<CheckReport> {
     match read_log(&media, &header) {
         Ok(log) => {
             (report.pending, report.torn) = (log.records.len(), log.torn.len());
-            for record in &log.records {
-                // SAFETY: `read_log` checked the operations; the mapping is private and ours alone.
-                unsafe { super::journal::apply(&media, &record.body) };
-            }
+            // SAFETY: the mapping is private and ours alone.
+            unsafe { super::journal::replay(&media, &log) };
         }
         Err(error) => {
             let lanes = (0..header.lanes).map(|lane| (header.lane(lane) + 8, 0)).collect();
@@ -199,10 +197,8 @@ pub fn repair(path: impl AsRef<Path>) -> Result<CheckReport> {
     let media = Media::map(file, header.file_len(), true, Durability::Power)?;
     // What is pending comes first: the fixes are for the file as the log leaves it.
     if let Ok(log) = read_log(&media, &header) {
-        for record in &log.records {
-            // SAFETY: `read_log` checked the operations, and the file is ours alone.
-            unsafe { super::journal::apply(&media, &record.body) };
-        }
+        // SAFETY: the file is ours alone.
+        unsafe { super::journal::replay(&media, &log) };
         media.sync()?;
         let (earlier, last) = log.lanes();
         let places = |lanes: Vec<u32>| lanes.into_iter().map(|lane| header.lane(lane));

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use super::format::{Counter, LANE_SIZE, LOG, ShortHead};
+use super::format::{Counter, LANE_HEADER, LANE_SIZE, LOG, ShortHead};
 use super::trace::Event;
 use super::*;
 
@@ -284,9 +284,9 @@ struct Run {
 
 const COUNTERS: [Counter; 4] = [Counter::Transactions, Counter::Allocations, Counter::Frees, Counter::Bytes];
 
-/// The counters in the file.
+/// What it has counted.
 fn counts(pool: &PersistentPool) -> [u64; 4] {
-    COUNTERS.map(|counter| pool.inner.stored(counter))
+    pool.inner.heap.lock().tally.counters()
 }
 
 fn record(folder: &Folder, durability: Durability) -> Run {
@@ -595,7 +595,7 @@ fn flipped_bits_and_torn_records_in_the_log_are_seen() {
             let word = |i: usize| u64::from_le_bytes(bytes[i * 8..][..8].try_into().unwrap());
             let len = match ShortHead::decode(word(1)) {
                 Some(short) => ShortHead::BODY + short.words * 8,
-                None => 64 + word(4).min(LANE_SIZE - 64),
+                None => LANE_HEADER + word(4).min(LANE_SIZE - LANE_HEADER),
             } as usize;
             for _ in 0..rounds(6) {
                 let bit = random.below(len * 8);

@@ -5,8 +5,8 @@ use std::fs;
 use core::sync::atomic::Ordering;
 
 use super::crash::{Folder, Random};
-use super::format::{CHUNK, Checksum, ENTRY, LANE_SIZE, LOG, PAGE, SUPER};
-use super::journal::header_sum;
+use super::format::{CHUNK, Checksum, ENTRY, LANE_HEADER, LANE_SIZE, LOG, PAGE, SUPER, ShortHead};
+use super::journal::{header_sum, short_sum};
 use super::*;
 use crate::base::error::{Error, Refusal};
 
@@ -127,14 +127,28 @@ fn damage(bytes: &mut [u8], random: &mut Random, identity: u64) {
         }
         // A record with checksums that hold.
         let lane = LOG as usize;
-        let len = (word(bytes, lane + 32) as usize).min(LANE_SIZE as usize - 64) / 8 * 8;
-        if random.below(2) == 0 && len > 0 {
-            let body: Vec<u64> = (0..len / 8).map(|i| word(bytes, lane + 64 + i * 8)).collect();
-            let fields = [5, 0, Checksum::of(identity, &body), len as u64, 0, 0];
-            bytes[lane..lane + 8].copy_from_slice(&header_sum(identity, 0, &fields).to_le_bytes());
-            for (i, field) in fields.iter().enumerate() {
-                bytes[lane + 8 + i * 8..lane + 16 + i * 8].copy_from_slice(&field.to_le_bytes());
+        let room = |header: u64| (LANE_SIZE - header) as usize / 8;
+        let body = |bytes: &[u8], header: u64, words: usize| -> Vec<u64> {
+            (0..words).map(|i| word(bytes, lane + header as usize + i * 8)).collect()
+        };
+        match random.below(4) {
+            0 => {
+                let body =
+                    body(bytes, LANE_HEADER, 1 + random.below(room(LANE_HEADER)).min(random.below(64)));
+                let (sum, len, last) =
+                    (Checksum::of(identity, &body), body.len() as u64 * 8, random.below(2));
+                let fields = [5, 0, sum, len, 0, last as u64, value, value, 1, 2];
+                let words = [&[header_sum(identity, 0, &fields)], &fields[..]].concat();
+                bytes[lane..][..words.len() * 8].copy_from_slice(bytemuck::cast_slice(&words));
             }
+            1 => {
+                let short = ShortHead { words: 1 + random.below(32) as u64, sequence: 5 };
+                let body = body(bytes, ShortHead::BODY, short.words as usize);
+                let head = short.encode().unwrap();
+                let words = [short_sum(identity, 0, head, &body), head];
+                bytes[lane..][..16].copy_from_slice(bytemuck::cast_slice(&words));
+            }
+            _ => {}
         }
     }
 }

@@ -66,8 +66,8 @@
 //! | 56 | objects freed |
 //! | 64 | bytes allocated, slots counted whole |
 //!
-//! The last four are stored when a transaction is applied, or under power before the sync that makes it durable; so after a
-//! crash they count all that had returned, and of what was under way all, some or nothing.
+//! The last four are stored when a transaction is applied; under power with its record, and here when the pool is closed or
+//! recovered. So after a crash they count all that had returned, and of what was under way all, some or nothing.
 //!
 //! **Lane**: a record; see [`journal`](super::journal) for its use. Where no sync is waited for and it fits, a short
 //! one:
@@ -78,18 +78,19 @@
 //! | 8 | 8 | bit 63: 1; bit 62: 0; bits 52 to 61: words in the body, 1 to 510; bits 0 to 51: sequence number |
 //! | 16 | | body |
 //!
-//! Else a header of 64 bytes, then the body:
+//! Else a header of 96 bytes, then the body:
 //!
 //! | offset | size | field |
 //! |---|---|---|
-//! | 0 | 8 | checksum of bytes 8 to 56; seed: the identity XOR the number of the lane |
+//! | 0 | 8 | checksum of bytes 8 to 88; seed: the identity XOR the number of the lane |
 //! | 8 | 8 | sequence number, below 2⁶³; 0 for no record |
 //! | 16 | 8 | every record up to this number is in place for good |
 //! | 24 | 8 | checksum of the body; seed: the identity |
 //! | 32 | 8 | length of the body in bytes, a multiple of 8, not 0 |
 //! | 40 | 8 | where the body is, if it did not fit into the lane; else 0 |
 //! | 48 | 8 | the first sequence number of those that were synced together; 0 where nothing is synced |
-//! | 56 | 8 | unused |
+//! | 56 | 4 × 8 | the counters of the super page from transactions on, with all that were synced together; else 0 |
+//! | 88 | 8 | unused |
 //!
 //! A lane whose word at 8 is 0 is empty. A record with a wrong checksum was not written to its end and counts as none. A
 //! body is a row of operations: one word `kind | length << 32` (the length is 0 but for kinds 4 and 6), one word of offset,
@@ -151,7 +152,9 @@ pub(crate) const HEADER_AT: [u64; 2] = [0, PAGE];
 pub(crate) const SUPER: u64 = 2 * PAGE;
 pub(crate) const LOG: u64 = 4 * PAGE;
 pub(crate) const LANE_SIZE: u64 = 4096;
-pub(crate) const LANE_HEADER: u64 = 64;
+pub(crate) const LANE_HEADER: u64 = 96;
+/// Words of it behind the checksum.
+pub(crate) const LANE_FIELDS: usize = 10;
 pub(crate) const MAX_LANES: u32 = 64;
 pub(crate) const MAX_ZONES: usize = 128;
 pub(crate) const MAX_LAYOUT: usize = 128;

@@ -41,6 +41,12 @@ impl Tally {
         // A file may claim anything.
         sums.into_iter().zip(more).for_each(|(sum, more)| *sum = sum.wrapping_add(more));
     }
+
+    /// What the file has of it, in its order.
+    #[inline]
+    pub(crate) fn counters(&self) -> [u64; 4] {
+        [self.transactions, self.allocations, self.frees, self.bytes]
+    }
 }
 
 /// The index and what is counted under the same lock.
@@ -75,32 +81,38 @@ impl Books {
         Self { heap, tally, held, peak, failures, live_at_open, deferred }
     }
 
-    /// Adds to the counters, in the file as well: that takes no record, and what was written survives a killed
-    /// process.
+    /// Adds to the counters.
     #[inline]
-    pub(crate) fn count(&mut self, media: &Media, more: &Tally) {
+    pub(crate) fn count(&mut self, more: &Tally) {
         self.tally.add(more);
         self.held = self.held.wrapping_add_unsigned(more.bytes).wrapping_sub_unsigned(more.freed_bytes);
         self.peak = self.peak.max(self.held);
-        store_counters(media, &self.tally);
     }
 
-    /// Writes to the file what the counters will be.
-    pub(crate) fn foretell<'a>(&self, media: &Media, more: impl Iterator<Item = &'a Tally>) {
+    /// Adds to the counters, in the file as well: that takes no record, and what was written survives a killed
+    /// process.
+    #[inline]
+    pub(crate) fn count_in_file(&mut self, media: &Media, more: &Tally) {
+        self.count(more);
+        self.store_counters(media);
+    }
+
+    /// What the counters in the file will be.
+    pub(crate) fn foretell<'a>(&self, more: impl Iterator<Item = &'a Tally>) -> [u64; 4] {
         let mut sum = self.tally;
         more.for_each(|more| sum.add(more));
-        store_counters(media, &sum);
+        sum.counters()
     }
-}
 
-/// Writes counters to the super page; the index is locked.
-#[inline]
-fn store_counters(media: &Media, tally: &Tally) {
-    let words = [tally.transactions, tally.allocations, tally.frees, tally.bytes];
-    let at = Counter::Transactions.at();
-    // SAFETY: nobody holds references into the super page, and who counts has the index locked.
-    unsafe { media.store_words(at, &words) };
-    media.flush(at, size_of_val(&words));
+    /// Writes the counters to the super page.
+    #[inline]
+    pub(crate) fn store_counters(&self, media: &Media) {
+        let words = self.tally.counters();
+        let at = Counter::Transactions.at();
+        // SAFETY: nobody holds references into the super page, and who counts has the index locked.
+        unsafe { media.store_words(at, &words) };
+        media.flush(at, size_of_val(&words));
+    }
 }
 
 impl core::ops::Deref for Books {

@@ -28,9 +28,10 @@ mod ops;
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::format::{Checksum, Header, LANE_HEADER, LANE_SIZE, ShortHead};
+use super::format::{Checksum, Counter, Header, LANE_FIELDS, LANE_HEADER, LANE_SIZE, ShortHead};
 use super::locks::TxId;
 use super::media::Media;
+use super::recover::Log;
 use crate::base::error::{Error, Refusal, Result};
 use crate::base::sync::{Condvar, Mutex};
 use group::Group;
@@ -51,7 +52,7 @@ pub(crate) fn short_sum(identity: u64, lane: u32, head: u64, body: &[u64]) -> u6
 }
 
 /// The checksum of a lane's header.
-pub(crate) fn header_sum(identity: u64, lane: u32, words: &[u64; 6]) -> u64 {
+pub(crate) fn header_sum(identity: u64, lane: u32, words: &[u64; LANE_FIELDS]) -> u64 {
     Checksum::of(identity ^ u64::from(lane), words)
 }
 
@@ -146,7 +147,8 @@ impl Journal {
         let sequence = lane.sequence.load(Ordering::Relaxed);
         match self.write_body(media, lane, overflow, body) {
             Ok((body_sum, block)) => {
-                self.write_header(media, number, [sequence, 0, body_sum, body.len() as u64 * 8, block, 0]);
+                let bytes = body.len() as u64 * 8;
+                self.write_header(media, number, [sequence, 0, body_sum, bytes, block, 0, 0, 0, 0, 0]);
                 Ok(block)
             }
             Err(error) => {
@@ -218,13 +220,33 @@ impl Journal {
 
     /// Completes the record.
     #[inline]
-    fn write_header(&self, media: &Media, number: u32, words: [u64; 6]) {
-        let [sequence, settled, body_sum, bytes, block, group] = words;
-        let sum = header_sum(self.identity, number, &words);
+    fn write_header(&self, media: &Media, number: u32, fields: [u64; LANE_FIELDS]) {
         let at = self.lanes[number as usize].at;
+        let mut words = [0; 1 + LANE_FIELDS];
+        words[0] = header_sum(self.identity, number, &fields);
+        words[1..].copy_from_slice(&fields);
         // SAFETY: the lane is ours alone.
-        unsafe { media.store_words(at, &[sum, sequence, settled, body_sum, bytes, block, group]) };
+        unsafe { media.store_words(at, &words) };
         media.flush(at, LANE_HEADER as usize);
+    }
+}
+
+/// Puts what the log holds in place: the records, and the counters as they were with the last.
+///
+/// # Safety
+/// Nobody else uses the file, or the mapping is private.
+pub(crate) unsafe fn replay(media: &Media, log: &Log) {
+    for record in &log.records {
+        // SAFETY: `read_log` checked that the operations lie in the file; the caller's contract.
+        unsafe { apply(media, &record.body) };
+    }
+    let at = Counter::Transactions.at();
+    if let Some(counters) = log.counters
+        && counters[0] >= media.load(at)
+    {
+        // SAFETY: the caller's contract.
+        unsafe { media.store_words(at, &counters) };
+        media.flush(at, size_of_val(&counters));
     }
 }
 

@@ -188,10 +188,8 @@ impl PersistentPool {
         read_only: bool,
     ) -> Result<Self> {
         let log = read_log(&media, &header)?;
-        for record in &log.records {
-            // SAFETY: `read_log` checked that the operations lie in the file; nobody else has the pool yet.
-            unsafe { super::journal::apply(&media, &record.body) };
-        }
+        // SAFETY: nobody else has the pool yet.
+        unsafe { super::journal::replay(&media, &log) };
         if !log.used.is_empty() && !read_only {
             media.fence();
             media.sync()?;
@@ -435,6 +433,7 @@ pub(crate) fn shut(inner: &Inner) -> Result<()> {
     }
     inner.media.check_usable()?;
     inner.free_deferred();
+    inner.heap.lock().store_counters(&inner.media);
     // SAFETY: nobody holds references into the super page.
     unsafe { inner.media.store(CLOSED, 1) };
     inner.media.flush(CLOSED, 8);

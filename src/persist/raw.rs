@@ -49,7 +49,7 @@ impl Inner {
                 && !slot.fresh
             {
                 let tally = Tally { allocations: 1, bytes: slot.size, ..Tally::default() };
-                books.count(&self.media, &tally);
+                books.count_in_file(&self.media, &tally);
                 // One bit makes it live. No reader has references to raw blocks, so the gate is not needed.
                 // SAFETY: words of bitmaps change under the lock of the heap only.
                 unsafe { self.media.set_bits(word, mask) };
@@ -74,7 +74,10 @@ impl Inner {
             // SAFETY: as in `allocate_raw`.
             unsafe { self.media.clear_bits(word, mask) };
             books.heap.release(&self.table, offset);
-            books.count(&self.media, &Tally { frees: 1, freed_bytes: object.size, ..Tally::default() });
+            books.count_in_file(
+                &self.media,
+                &Tally { frees: 1, freed_bytes: object.size, ..Tally::default() },
+            );
             return Ok(());
         }
         let tx = Transaction::begin(self)?;

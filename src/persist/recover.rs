@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::format::{BITMAP, Checksum, Header, LANE_HEADER, LANE_SIZE, PAGE, SUPER, ShortHead};
+use super::format::{BITMAP, Checksum, Header, LANE_FIELDS, LANE_HEADER, LANE_SIZE, PAGE, SUPER, ShortHead};
 use super::journal::{Op, header_sum, parse, short_sum, sum_of};
 use crate::base::error::{Error, Result};
 
@@ -25,6 +25,7 @@ pub(crate) struct Record {
     pub(crate) sequence: u64,
     pub(crate) settled: u64,
     pub(crate) group: u64,
+    pub(crate) counters: [u64; 4],
     pub(crate) body: Vec<u64>,
 }
 
@@ -37,6 +38,8 @@ pub(crate) struct Log {
     pub(crate) used: Vec<u32>,
     /// Lanes whose record was not written to its end: their transactions never happened.
     pub(crate) torn: Vec<u32>,
+    /// The counters as of the last record that has any.
+    pub(crate) counters: Option<[u64; 4]>,
 }
 
 impl Log {
@@ -54,10 +57,10 @@ pub(crate) fn read_log(words: &impl Words, header: &Header) -> Result<Log> {
     let mut log = Log::default();
     for lane in 0..header.lanes {
         let at = header.lane(lane);
-        let mut head = [0; 7];
+        let mut head = [0; 1 + LANE_FIELDS];
         words.read(at, &mut head);
         let [sum, fields @ ..] = head;
-        let [sequence, settled, body_sum, bytes, block, group] = fields;
+        let [sequence, settled, body_sum, bytes, block, group, counters @ ..] = fields;
         if sequence == 0 {
             continue;
         }
@@ -87,7 +90,7 @@ pub(crate) fn read_log(words: &impl Words, header: &Header) -> Result<Log> {
             continue;
         }
         check_operations(&body, header, start)?;
-        log.records.push(Record { lane, sequence, settled, group, body });
+        log.records.push(Record { lane, sequence, settled, group, counters, body });
     }
     // The sync of the last group may not have come to its end.
     let last = log.records.iter().map(|record| record.group).max().unwrap_or(0);
@@ -103,6 +106,8 @@ pub(crate) fn read_log(words: &impl Words, header: &Header) -> Result<Log> {
         }
         whole
     });
+    let counted = log.records.iter().filter(|record| record.group != 0);
+    log.counters = counted.max_by_key(|record| record.sequence).map(|record| record.counters);
     let settled = log.records.iter().map(|record| record.settled).max().unwrap_or(0);
     log.records.retain(|record| record.sequence > settled);
     log.records.sort_by_key(|record| record.sequence);
@@ -127,7 +132,7 @@ fn read_short(
         return Ok(None);
     }
     check_operations(&body, header, start)?;
-    Ok(Some(Record { lane, sequence: short.sequence, settled: 0, group: 0, body }))
+    Ok(Some(Record { lane, sequence: short.sequence, settled: 0, group: 0, counters: [0; 4], body }))
 }
 
 /// A record that is whole and makes no sense is an error.

@@ -124,13 +124,14 @@ impl Journal {
         let (first, settled) = (group.sequence, group.settled);
         group.sequence += batch.len() as u64;
         drop(group);
+        // The counters become durable with the records.
+        let [a, b, c, d] = gate.lock().foretell(batch.iter().map(|record| &record.tally));
         for (i, record) in batch.iter().enumerate() {
             let bytes = record.body.len() as u64 * 8;
-            let words = [first + i as u64, settled, record.body_sum, bytes, record.overflow, first];
+            let number = first + i as u64;
+            let words = [number, settled, record.body_sum, bytes, record.overflow, first, a, b, c, d];
             self.write_header(media, record.lane, words);
         }
-        // The counters become durable with the records.
-        gate.lock().foretell(media, batch.iter().map(|record| &record.tally));
         let synced = media.sync();
         if synced.is_ok() {
             let mut books = gate.alone();
@@ -138,7 +139,7 @@ impl Journal {
                 // SAFETY: every committer of the batch locked what its record changes and waits for us; the
                 // gate keeps readers out.
                 unsafe { apply(media, &record.body) };
-                books.count(media, &record.tally);
+                books.count(&record.tally);
             }
         }
         let mut group = self.lock();
@@ -270,12 +271,12 @@ mod loom_models {
         for number in 1..=commits {
             let (applied, _) = stores(word(shared, number), word(shared, number) + 8).next().unwrap();
             let synced = events[..applied].iter().rposition(|event| *event == Event::Sync).unwrap();
-            let header = |&(i, len): &(usize, usize)| i < synced && len == 56;
+            let header = |&(i, len): &(usize, usize)| i < synced && len == 88;
             let headers = stores(LOG, log_end).filter(header).count();
             assert!(headers >= 1, "applied before its record was safe");
             assert!(synced < applied);
         }
-        let headers = stores(LOG, log_end).filter(|&(_, len)| len == 56).count() as u64;
+        let headers = stores(LOG, log_end).filter(|&(_, len)| len == 88).count() as u64;
         assert_eq!((headers, shared.journal.records()), (commits, commits));
         assert_eq!(shared.gate.lock().tally.transactions, commits);
         let syncs = events.iter().filter(|event| **event == Event::Sync).count() as u64;

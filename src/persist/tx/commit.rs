@@ -44,7 +44,7 @@ impl Transaction<'_> {
             // locked; readers are out.
             unsafe { apply(&pool.media, work.ops.body()) };
             // Before the record goes, so that what returned is counted, whatever happens next.
-            books.count(&pool.media, &tally);
+            books.count_in_file(&pool.media, &tally);
             if let Some(block) = pool.journal.clear(&pool.media, &record) {
                 books.release(&pool.table, block);
             }

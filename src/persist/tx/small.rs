@@ -99,7 +99,7 @@ impl<'w> Small<'w> {
             }
         }
         // Before the record goes, so that what returned is counted, whatever happens next.
-        books.count(media, &tally);
+        books.count_in_file(media, &tally);
         if words_changed > 1 {
             pool.journal.clear(media, &record);
         } else {
