@@ -34,7 +34,8 @@ def main(path):
     print("too late:", refused(RuntimeError, "already initialized", plugin.use_in_torch))
     after = torch.ones(1 << 20, device="cuda")
     assert (before + after).sum().item() == 2 << 20
-    refused(RuntimeError, "device 0 was not used", lambda: plugin.stats(0))
+    # PyTorch has asked for the pool before it said no; nothing came from it.
+    assert plugin.stats(0)["allocated"] == 0, plugin.stats(0)
 
     take = plugin.library.memory_pool_torch_alloc
     take.argtypes, take.restype = [ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
