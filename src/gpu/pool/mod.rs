@@ -52,6 +52,12 @@ use crate::base::pool::{AllocFlags, MemoryType};
 /// # Ok::<(), memory_pool::Error>(())
 /// ```
 ///
+/// Freed blocks up to 256 MiB, of sizes that were asked for again lately, wait in a cache of their stream (the CPU's, in
+/// sixteen that threads share) for the next request of that size: at most eight of a size, and at most 256 MiB or a
+/// sixteenth of the pool. They count as free, and go back before the pool asks the driver for memory. Who wants them back sooner
+/// calls [`trim`](Self::trim) or [`process_deferred`](Self::process_deferred); a pool whose strategy places by
+/// address (`Strategy::FirstFit`) caches nothing.
+///
 /// A device pool is no `Allocator`:
 /// ```compile_fail
 /// # use memory_pool::{DevicePool, GpuDevice, PoolConfig, SimConfig};
