@@ -9,7 +9,6 @@
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::sync::mpsc;
-use std::sync::{Mutex, MutexGuard};
 use std::thread;
 
 use memory_pool::GlobalPool;
@@ -17,10 +16,13 @@ use memory_pool::GlobalPool;
 #[global_allocator]
 static POOL: GlobalPool = GlobalPool::new();
 
-/// One at a time: each measures the whole process.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(|left| left.into_inner())
+/// In this order, since what one thread may keep idle grows with the threads that ran at once so far.
+#[test]
+fn what_the_heap_holds_stays_in_bounds() {
+    sizes_that_shift_stay_in_bounds();
+    what_one_thread_makes_and_others_free_stays_in_bounds();
+    threads_that_come_and_go_stay_in_bounds();
+    idle_threads_hold_little();
 }
 
 /// How many times the short form's work is done.
@@ -104,9 +106,7 @@ impl Drop for Block {
 }
 
 /// One thread makes all blocks, others free them all, and never more than a few thousand are on the way.
-#[test]
 fn what_one_thread_makes_and_others_free_stays_in_bounds() {
-    let _alone = alone();
     const CONSUMERS: usize = 3;
     const ON_THE_WAY: usize = 500;
     const MEAN: usize = 1024;
@@ -131,9 +131,7 @@ fn what_one_thread_makes_and_others_free_stays_in_bounds() {
 }
 
 /// Threads that come, take over half of the live blocks of those before them, and go.
-#[test]
 fn threads_that_come_and_go_stay_in_bounds() {
-    let _alone = alone();
     const BLOCKS: usize = 20_000;
     const THREADS: usize = 4;
     let gauge = Gauge::new();
@@ -179,9 +177,7 @@ fn pages(blocks: &[Vec<Block>]) -> usize {
 
 /// Phases, each of other sizes than the last, that leave a tenth of their blocks to the next three. No heap that moves
 /// nothing can hold less than the pages that live blocks lie in.
-#[test]
 fn sizes_that_shift_stay_in_bounds() {
-    let _alone = alone();
     const LIVE: usize = 24 << 20;
     let sizes = [24, 200, 56, 1000, 400, 9000, 120, 3000, 40_000, 700, 300_000, 80, 2_000_000, 16];
     let gauge = Gauge::new();
@@ -213,9 +209,7 @@ fn sizes_that_shift_stay_in_bounds() {
 }
 
 /// Many threads that were busy once and wait since, while others free what they made.
-#[test]
 fn idle_threads_hold_little() {
-    let _alone = alone();
     const THREADS: usize = 32;
     let gauge = Gauge::new();
     thread::scope(|scope| {

@@ -8,7 +8,7 @@ pub enum Purge {
     Eager,
     /// A thread keeps idle memory up to half of what is live in it, and 2 MiB in any case (4 MiB shared out once there
     /// are more than two threads, but at least 128 KiB each); more if it needed again what it gave back, as far as
-    /// 14 MiB a thread, all threads together; and up to 8 MiB of pages scattered among live blocks. `tests/heap_blow_up.rs` holds it to that:
+    /// 14 MiB for each thread of as many as ran at once, all together; and up to 8 MiB of pages scattered among live blocks. `tests/heap_blow_up.rs` holds it to that:
     /// at most 2 times the pages that live blocks lie in and 64 MiB for one thread whose sizes shift; 3 times the
     /// live bytes and 8 MiB for four threads that come and go.
     #[default]
