@@ -143,7 +143,8 @@ impl Core {
         let new_bytes = |chosen: &[Vec<(usize, From)>]| -> usize {
             chosen.iter().flatten().filter(|(_, from)| *from == From::New).map(|(len, _)| len).sum()
         };
-        let mut chosen = choose(&mut at_hand, Some(pieces.usual()));
+        let lacking: usize = gaps.iter().map(|gap| gap.end - gap.start).sum();
+        let mut chosen = choose(&mut at_hand, Some(pieces.usual(lacking)));
         if self.reserved + new_bytes(&chosen) > max_size {
             at_hand = before;
             chosen = choose(&mut at_hand, None);

@@ -1,7 +1,7 @@
 //! The physical pieces of a pool, and which of them should fill a gap.
 //!
 //! The driver's price is one a piece, whatever its size, so pieces are few and large: each new one is about a
-//! sixty-fourth of what the pool holds, from one unit up to 32 MiB, and of large pools a four-thousandth more. Where
+//! sixty-fourth of what the pool is about to hold, from one unit up to 32 MiB, and of large pools a four-thousandth more. Where
 //! a gap is larger than that, it gets larger pieces.
 
 #![forbid(unsafe_code)]
@@ -150,10 +150,11 @@ impl Pieces {
         (std::mem::take(&mut self.mapped).into_iter().collect(), std::mem::take(&mut self.spare))
     }
 
-    /// The usual size of a new piece.
-    pub(in crate::gpu) fn usual(&self) -> usize {
-        let part = (self.bytes / PART).checked_next_power_of_two().unwrap_or(LARGE_PIECE);
-        part.clamp(self.unit, LARGE_PIECE.max(self.unit)) + ((self.bytes / MANY) & !(self.unit - 1))
+    /// The usual size of a new piece, where `lacking` bytes are to come to what the pool holds.
+    pub(in crate::gpu) fn usual(&self, lacking: usize) -> usize {
+        let bytes = self.bytes.saturating_add(lacking);
+        let part = (bytes / PART).checked_next_power_of_two().unwrap_or(LARGE_PIECE);
+        part.clamp(self.unit, LARGE_PIECE.max(self.unit)) + ((bytes / MANY) & !(self.unit - 1))
     }
 
     /// The pieces that fill `gap`: from `at_hand` (sorted by length; what is taken leaves it), else new ones, of

@@ -292,15 +292,15 @@ fn what_is_reserved_follows_what_is_live() {
 fn a_gap_takes_what_fits() {
     let mut pieces = Pieces::new(UNIT);
     (0..64).for_each(|at| pieces.insert(at * (64 << 20), Piece { len: 64 << 20, handle: Handle(at as u64) }));
-    assert_eq!(pieces.usual(), 32 << 20);
+    assert_eq!(pieces.usual(0), 32 << 20);
     let gap = Gap { start: 0, end: 40 << 20, low: 0, high: 42 << 20 };
     let mut at_hand = vec![(8 << 20, From::Spare(Handle(1))), (64 << 20, From::Spare(Handle(2)))];
     let lengths = |chosen: Vec<(usize, From)>| chosen.iter().map(|(len, _)| len >> 20).collect::<Vec<_>>();
-    assert_eq!(lengths(pieces.choose(&gap, &mut at_hand, Some(pieces.usual()))), [8, 32]);
+    assert_eq!(lengths(pieces.choose(&gap, &mut at_hand, Some(pieces.usual(0)))), [8, 32]);
     assert_eq!(at_hand.len(), 1, "the piece that is too large stays");
     let below = Gap { start: 20 << 20, end: 40 << 20, low: 0, high: 40 << 20 };
     assert_eq!(
-        lengths(pieces.choose(&below, &mut at_hand, Some(pieces.usual()))),
+        lengths(pieces.choose(&below, &mut at_hand, Some(pieces.usual(0)))),
         [32],
         "down into the hole"
     );
