@@ -47,39 +47,25 @@ pub(super) struct Entry {
 
 impl Entry {
     pub(super) fn existing(object: Object, mark: Mark, exclusive: bool) -> Self {
-        let Object { offset, size, fingerprint } = object;
-        let (state, new_run, borrows, used, whole) = (State::Live, false, 0, 0, None);
         Self {
-            offset,
-            size,
-            fingerprint,
+            offset: object.offset,
+            size: object.size,
+            fingerprint: object.fingerprint,
             mark,
-            used,
-            borrows,
-            state,
+            used: 0,
+            borrows: 0,
+            state: State::Live,
             exclusive,
-            new_run,
+            new_run: false,
             has_images: false,
-            whole,
+            whole: None,
         }
     }
 
     pub(super) fn reserved(slot: &Slot, fingerprint: u64, used: u64) -> Self {
-        let Slot { offset, size, mark, fresh: new_run, .. } = *slot;
-        let (state, exclusive, borrows, whole) = (State::Reserved, true, 0, None);
-        Self {
-            offset,
-            size,
-            fingerprint,
-            mark,
-            used,
-            borrows,
-            state,
-            exclusive,
-            new_run,
-            has_images: false,
-            whole,
-        }
+        let object = Object { offset: slot.offset, size: slot.size, fingerprint };
+        let existing = Self::existing(object, slot.mark, true);
+        Self { used, state: State::Reserved, new_run: slot.fresh, ..existing }
     }
 
     /// Whether the transaction made it.
