@@ -258,7 +258,8 @@ pub unsafe fn remap(base: NonNull<u8>, old: usize, new: usize, may_move: bool) -
 }
 
 /// Moves the pages of a mapping onto `to`, a mapping of `new` bytes, which they replace; `None` where the
-/// system cannot, and both are then as they were.
+/// system cannot, and the pages are then where they were. Linux checks its limit of mappings before it touches `to`,
+/// but a refusal for want of memory (strict overcommit, a limit of the address space) may come after it took `to` away.
 ///
 /// # Safety
 /// Both are whole mappings made here; nothing in `to` is needed, and after success the old place is gone.
