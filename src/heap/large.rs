@@ -18,6 +18,7 @@ use super::list::{Chain, Links, List};
 use super::registry;
 use super::segment::{Head, SEGMENT, Segment, segment_of};
 use crate::source::os;
+use crate::source::relocate::Relocation;
 
 /// The books of a large block.
 #[repr(C)]
@@ -309,22 +310,31 @@ fn remap(hub: &Hub, large: &Large, len: usize, may_move: bool) -> Option<usize> 
     moved.map(|to| to.as_ptr() as usize)
 }
 
-/// Moves the pages to a new, aligned place.
+/// Moves the pages to a new, aligned place, where there are more of them.
 fn move_pages(hub: &Hub, base: NonNull<u8>, old: usize, len: usize) -> Option<NonNull<u8>> {
-    let to = NonNull::new(hub.map(len, SEGMENT)?)?;
-    if !registry::insert(to.as_ptr() as usize, len, hub, true) {
-        // SAFETY: nobody has seen the place.
-        unsafe { hub.unmap(to.as_ptr(), len) };
+    if len < old || !hub.let_through() {
         return None;
     }
-    // SAFETY: two whole mappings of ours; the new one is empty.
-    if !hub.let_through() || unsafe { os::remap_onto(base, old, to, len) }.is_none() {
-        registry::remove(to.as_ptr() as usize, len);
-        // SAFETY: as above.
-        unsafe { hub.unmap(to.as_ptr(), len) };
+    hub.count_call();
+    // SAFETY: the mapping is the block's own, which is in the hands of who resizes it.
+    let moved = unsafe { Relocation::begin(base, old, len, SEGMENT) }?;
+    let to = moved.place();
+    hub.count_call();
+    // SAFETY: a mapping of ours that nobody knows.
+    let grown = hub.let_through() && unsafe { os::remap(to, old, len, false) }.is_some();
+    if !grown || !registry::insert(to.as_ptr() as usize, len, hub, true) {
+        // SAFETY: as above. The block stays where it was.
+        unsafe {
+            if grown {
+                os::unmap(to.add(old), len - old);
+            }
+            moved.undo();
+        }
         return None;
     }
     registry::remove(base.as_ptr() as usize, old);
-    hub.counters.reserved.fetch_sub(old, Ordering::Relaxed);
+    // SAFETY: the block is at its new place.
+    unsafe { moved.finish() };
+    hub.counters.reserved.fetch_add(len - old, Ordering::Relaxed);
     Some(to)
 }

@@ -14,6 +14,7 @@ use core::sync::atomic::Ordering;
 use super::hub::Hub;
 use super::segment::SEGMENT;
 use crate::source::os;
+use crate::source::relocate::Relocation;
 
 /// Mappings that are kept at most.
 const COUNT: usize = 8;
@@ -186,15 +187,26 @@ impl Hub {
                 return Some(start.as_ptr());
             }
         }
-        let to = NonNull::new(self.map(len, SEGMENT)?)?;
-        // SAFETY: a mapping, or a part of one, that nobody knows; and a whole one that is empty.
-        if self.let_through() && unsafe { os::remap_onto(start, used, to, len) }.is_some() {
-            self.counters.reserved.fetch_sub(used, Ordering::Relaxed);
-            return Some(to.as_ptr());
+        if !self.let_through() {
+            return None;
         }
-        // SAFETY: nobody has seen the place.
-        unsafe { self.unmap(to.as_ptr(), len) };
-        None
+        self.count_call();
+        // SAFETY: a mapping, or a part of one, that nobody knows.
+        let moved = unsafe { Relocation::begin(start, used, len, SEGMENT) }?;
+        let to = moved.place();
+        // SAFETY: a mapping of ours that nobody knows, and of which nothing is needed.
+        unsafe {
+            if used < len {
+                self.count_call();
+                if !self.let_through() || os::remap(to, used, len, false).is_none() {
+                    moved.give_up();
+                    return None;
+                }
+            }
+            moved.finish();
+        }
+        self.counters.reserved.fetch_add(len - used, Ordering::Relaxed);
+        Some(to.as_ptr())
     }
 }
 

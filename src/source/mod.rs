@@ -6,6 +6,7 @@
 pub mod failing;
 pub mod file;
 pub mod os;
+pub(crate) mod relocate;
 pub mod slice;
 
 use core::fmt;

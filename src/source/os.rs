@@ -124,7 +124,7 @@ pub unsafe fn unmap(base: NonNull<u8>, len: usize) {
 }
 
 /// Runs what happens inside of frees, which leave `errno` as it was.
-fn keeping_errno<R>(work: impl FnOnce() -> R) -> R {
+pub(super) fn keeping_errno<R>(work: impl FnOnce() -> R) -> R {
     #[cfg(target_os = "linux")]
     {
         // SAFETY: this thread's errno.
@@ -253,27 +253,6 @@ pub unsafe fn remap(base: NonNull<u8>, old: usize, new: usize, may_move: bool) -
     #[cfg(not(target_os = "linux"))]
     {
         let _ = (base, old, new, may_move);
-        None
-    }
-}
-
-/// Moves the pages of a mapping onto `to`, a mapping of `new` bytes, which they replace; `None` where the
-/// system cannot, and the pages are then where they were. Linux checks its limit of mappings before it touches `to`,
-/// but a refusal for want of memory (strict overcommit, a limit of the address space) may come after it took `to` away.
-///
-/// # Safety
-/// Both are whole mappings made here; nothing in `to` is needed, and after success the old place is gone.
-pub unsafe fn remap_onto(base: NonNull<u8>, old: usize, to: NonNull<u8>, new: usize) -> Option<NonNull<u8>> {
-    #[cfg(target_os = "linux")]
-    {
-        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-        // SAFETY: the caller's contract.
-        let moved = unsafe { libc::mremap(base.as_ptr().cast(), old, new, flags, to.as_ptr()) };
-        if moved == libc::MAP_FAILED { None } else { NonNull::new(moved.cast()) }
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = (base, old, to, new);
         None
     }
 }
