@@ -1,4 +1,5 @@
-// Half of the threads allocate, the other half free: batches travel over a bounded queue.
+// Half of the threads allocate, the other half free: batches travel over a bounded queue. One thread alone does both in
+// turns, a queue's length each.
 #include "bench.h"
 
 enum { BATCH = 120, WAITING = 64, BATCHES = 30000 };
@@ -12,11 +13,21 @@ static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static batch *queue[WAITING];
 static int waiting, producers;
 
+static batch *filled(numbers *from) {
+    batch *full = must(malloc(sizeof(batch)));
+    for (int i = 0; i < BATCH; i++) full->blocks[i] = touched(16 + below(from, 240));
+    return full;
+}
+
+static void empty(batch *full) {
+    for (int i = 0; i < BATCH; i++) free(full->blocks[i]);
+    free(full);
+}
+
 static void *produce(void *argument) {
     numbers from = {*(int *)argument};
     for (int n = 0; n < BATCHES; n++) {
-        batch *full = must(malloc(sizeof(batch)));
-        for (int i = 0; i < BATCH; i++) full->blocks[i] = touched(16 + below(&from, 240));
+        batch *full = filled(&from);
         pthread_mutex_lock(&lock);
         while (waiting == WAITING) pthread_cond_wait(&changed, &lock);
         queue[waiting++] = full;
@@ -39,9 +50,19 @@ static void *consume(void *argument) {
         pthread_cond_broadcast(&changed);
         pthread_mutex_unlock(&lock);
         if (!full) return NULL;
-        for (int i = 0; i < BATCH; i++) free(full->blocks[i]);
-        free(full);
+        empty(full);
     }
+}
+
+static void alone(void) {
+    numbers from = {0};
+    for (int n = 0; n < BATCHES; n++) {
+        if (waiting == WAITING) {
+            while (waiting) empty(queue[--waiting]);
+        }
+        queue[waiting++] = filled(&from);
+    }
+    while (waiting) empty(queue[--waiting]);
 }
 
 static void *either(void *argument) {
@@ -53,6 +74,7 @@ int main(int argc, char **argv) {
     int names[64];
     for (int i = 0; i < threads; i++) names[i] = i;
     producers = (threads + 1) / 2;
-    on_threads(threads, either, names, sizeof(int));
+    if (threads == 1) alone();
+    else on_threads(threads, either, names, sizeof(int));
     puts("done");
 }
