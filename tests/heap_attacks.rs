@@ -277,6 +277,10 @@ const KINDS: &[Kind] = &[
             .for_each(|&block| free(block, scene.size));
         std::process::exit(if scene.heap_serves() { 0 } else { HARMED });
     }),
+    ("underflow, into blocks that stay", &SIZES, &[1, 64], |scene, by| {
+        scribble(scene.victim, -(by as isize), by);
+        free(scene.victim, scene.size);
+    }),
     ("free inside of the block", &SIZES, &[1, 8, 16, 4096], |scene, at| {
         free(scene.victim.wrapping_add(at), scene.size);
     }),
@@ -464,8 +468,8 @@ fn main() -> ExitCode {
         row(&format!("all, {api:?}"), &|case| case.api == api);
     }
     let harmed = row("all", &|_| true);
-    if cases.len() < 100 || harmed * 20 > cases.len() {
-        println!("more than one in twenty did harm to a hardened heap");
+    if cases.len() < 100 || harmed > 0 {
+        println!("{harmed} did harm to a hardened heap");
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS

@@ -29,6 +29,12 @@ pub(crate) fn overflow(block: *mut u8) -> ! {
     die("block was written to past its end,", block)
 }
 
+/// The bytes before a block were written to: by it, or by the one that ends there.
+#[cold]
+pub(crate) fn underflow(block: *mut u8) -> ! {
+    die("block was written to before its start, or the one before it past its end,", block)
+}
+
 /// A block was freed that is free already, or was zeroed past its end.
 #[cold]
 pub(crate) fn not_live(block: *mut u8) -> ! {

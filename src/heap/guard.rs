@@ -5,12 +5,15 @@
 //! What is different:
 //!
 //! 1. A block is larger than its request by a word at least, and ends in that word: its *live* word from the moment a
-//!    program gets it to its free (`seal`), and at no other time. Nobody can guess it, and no other block has the same.
+//!    program gets it to its free, and at no other time (`seal`). Nobody can guess it, and no other block has the same.
+//!    A block that was carved and is free ends in its *free* word, or in zero where nobody wrote since the memory came
+//!    from the system.
 //! 2. What else a free block holds means nothing to the heap, so nothing is looked at when it is handed out; but a heap
 //!    that is debugged fills what is free, and looks. In a span, the filling may have become zero, when pages were
 //!    given back.
 //! 3. A free is believed if the registry knows the address as a place in a segment of this hub, and the live word of a
-//!    block that begins there is where it would be (1).
+//!    block that begins there is where it would be (1). Then the word before it is looked at, which ends another block
+//!    of its span: a block that was written to before its start is found when it is freed.
 //! 4. A freed block waits in a ring of its class until as many more were freed; the place of a
 //!    large block stays inaccessible until as many more were.
 //!
@@ -25,7 +28,7 @@ use super::fault;
 use super::hub::Hub;
 use super::large::{self, Large};
 use super::registry::{self, Unit};
-use super::seal::{self, SEAL};
+use super::seal::{self, Key, SEAL};
 use super::segment::{SEGMENT, Segment, segment_of};
 use super::settings::Part;
 use super::span::SINGLE;
@@ -173,7 +176,8 @@ impl Guard {
             if !plain {
                 self.fill(block, size);
             }
-            seal::write(seal::end(block, size), seal::FREE);
+            let at = seal::end(block, size);
+            seal::write(at, Key::get().free(at));
         }
     }
 
@@ -196,15 +200,16 @@ impl Guard {
         // SAFETY: all of the block, which is in the heap's hands.
         let words = unsafe { core::slice::from_raw_parts(block.cast::<u64>(), size / 8) };
         let (last, others) = (words[words.len() - 1], &words[..words.len() - 1]);
-        if !(others.iter().all(|&found| found == left || found == 0) && (last == seal::FREE || last == 0)) {
+        let is_free = last == Key::get().free(seal::end(block, size)) || last == 0;
+        if !(others.iter().all(|&found| found == left || found == 0) && is_free) {
             fault::written_after_free(block);
         }
     }
 
-    /// A block that was never used, or that is made of memory that was.
-    pub(super) fn on_carve(&self, block: *mut u8, size: usize) {
-        if self.debug.get() {
-            self.seal_free(block, size, false);
+    /// A block that was never used; `zeroed` says that its memory was not, either (1).
+    pub(super) fn on_carve(&self, block: *mut u8, size: usize, zeroed: bool) {
+        if self.debug.get() || !zeroed {
+            self.seal_free(block, size, !self.debug.get());
         }
     }
 
@@ -229,7 +234,7 @@ impl Guard {
             self.refresh(block, size);
         }
         // SAFETY: a block of that size that nobody else has.
-        unsafe { seal::write(seal::end(block, size), seal::live(block)) };
+        unsafe { seal_live(block, size) };
     }
 
     #[cold]
@@ -327,7 +332,7 @@ impl ThreadHeap {
         if !block.is_null() {
             let size = size_with_word(block);
             // SAFETY: a block of that size that nobody else has.
-            unsafe { seal::write(seal::end(block, size), seal::live(block)) };
+            unsafe { seal_live(block, size) };
         }
         (block, zeroed)
     }
@@ -356,26 +361,47 @@ impl ThreadHeap {
     #[inline(always)]
     pub(super) fn guarded_free_small(&self, guard: &Guard, class: usize, block: *mut u8) {
         let Some(lane) = guard.lanes.get(class) else { return };
-        if guard.plain.get() && lies_in_one_page(block, lane.size.get() as usize) {
-            self.guarded_free_to(guard, lane, block, true);
-        } else {
-            self.guarded_free_far(guard, lane, block);
+        let (size, key) = (lane.size.get() as usize, Key::get());
+        if !(guard.plain.get() && lies_in_one_page(block, size)) {
+            return self.guarded_free_far(guard, lane, block);
         }
+        let (before, before_at) = word_before(block);
+        if !key.made(before, before_at) {
+            return self.guarded_free_far(guard, lane, block);
+        }
+        let at = seal::end(block, size);
+        let live = expect_live(block, at, key);
+        // SAFETY: the last word of a block that is the heap's from here on.
+        unsafe { seal::write(at, !live) };
+        self.take_back(guard, lane, block);
     }
 
-    /// A block whose last word is looked at only once it is known to be one of a span's.
+    /// A block whose words are looked at only once it is known to be one of a span's.
     #[cold]
     #[inline(never)]
     fn guarded_free_far(&self, guard: &Guard, lane: &Lane, block: *mut u8) {
-        expect_begin(block);
-        self.guarded_free_to(guard, lane, block, guard.plain.get());
+        // SAFETY: segments stay mapped as long as their hub.
+        let span = unsafe { &*segment_of(block) }.span_at(block);
+        if !span.begins_block(block) {
+            fault::invalid_free(block);
+        }
+        let (size, key) = (lane.size.get() as usize, Key::get());
+        expect_live(block, seal::end(block, size), key);
+        // Before the first block of a span lies what is not the program's.
+        if span.base.get() < block.addr() {
+            // Read once: the owner of the block that ends there may write meanwhile.
+            let (before, at) = word_before(block);
+            if before != 0 && !key.made(before, at) {
+                fault::underflow(block);
+            }
+        }
+        guard.seal_free(block, size, guard.plain.get());
+        self.take_back(guard, lane, block);
     }
 
+    /// Delays the reuse of a freed block, and puts what has waited for long enough into the cache.
     #[inline(always)]
-    fn guarded_free_to(&self, guard: &Guard, lane: &Lane, block: *mut u8, plain: bool) {
-        let size = lane.size.get() as usize;
-        expect_live(block, size);
-        guard.seal_free(block, size, plain);
+    fn take_back(&self, guard: &Guard, lane: &Lane, block: *mut u8) {
         let block = guard.delay(lane, block);
         if !block.is_null() {
             let top = lane.top.load(Ordering::Relaxed);
@@ -418,7 +444,7 @@ impl ThreadHeap {
                 let Some(large) = Large::at(unsafe { &*segment_of(block) }) else {
                     fault::invalid_free(block)
                 };
-                expect_live(block, large.usable() + SEAL);
+                expect_live(block, seal::end(block, large.usable() + SEAL), Key::get());
                 if guard.quarantine.get() { large::bury(large) } else { large::free(large) }
             }
             _ => fault::invalid_free(block),
@@ -432,7 +458,7 @@ impl ThreadHeap {
             fault::invalid_free(block);
         }
         let size = segment.span_at(block).size.get() as usize;
-        expect_live(block, size);
+        expect_live(block, seal::end(block, size), Key::get());
         guard.seal_free(block, size, false);
         let owned = self.is(segment.head.owner.load(Ordering::Relaxed));
         let leaving = if owned { guard.delay_single(block) } else { Some(block) };
@@ -472,45 +498,57 @@ impl ThreadHeap {
 
 /// Ends the program unless a live block of the hardened heap begins at `block`, which begins a block.
 pub(super) fn expect_block(block: *mut u8) {
-    expect_live(block, size_with_word(block));
+    expect_live(block, seal::end(block, size_with_word(block)), Key::get());
 }
 
-/// Whether `size` bytes from `block` on lie in one page, which can be read if `block` can. The word at their end then
-/// says whether they are a block (1), without a look into the books.
+/// Whether a byte before `block` and `size` bytes from there on lie in one page, which can be read if `block` can. The
+/// word at their end then says whether they are a block (1), without a look into the books.
 #[inline(always)]
 fn lies_in_one_page(block: *mut u8, size: usize) -> bool {
     const PAGE: usize = 4096;
-    block.addr() / PAGE == block.wrapping_add(size - 1).addr() / PAGE
+    block.wrapping_sub(1).addr() / PAGE == block.wrapping_add(size - 1).addr() / PAGE
 }
 
-/// Ends the program unless a block can begin at `block`, which lies in a span.
-fn expect_begin(block: *mut u8) {
-    // SAFETY: segments stay mapped as long as their hub.
-    if !unsafe { &*segment_of(block) }.span_at(block).begins_block(block) {
-        fault::invalid_free(block);
-    }
-}
-
-/// Ends the program unless the block of `size` bytes ends in its live word.
+/// Makes a block end in its live word.
+///
+/// # Safety
+/// The block is of that size and in the caller's hands.
 #[inline(always)]
-fn expect_live(block: *mut u8, size: usize) {
+unsafe fn seal_live(block: *mut u8, size: usize) {
+    let at = seal::end(block, size);
+    // SAFETY: the caller's contract.
+    unsafe { seal::write(at, Key::get().live(at)) };
+}
+
+/// Ends the program unless the word at `at`, the end of a block, says that it is live; that word.
+#[inline(always)]
+fn expect_live(block: *mut u8, at: *mut u64, key: Key) -> u64 {
     // SAFETY: the place of a block is mapped, and so is the page of any address in it.
-    let found = unsafe { seal::read(seal::end(block, size)) };
-    if found != seal::live(block) {
-        not_live(block, found);
+    let found = unsafe { seal::read(at) };
+    if found != key.live(at) {
+        not_live(block, at, found);
     }
+    found
+}
+
+/// The word before what is said to be a block, which can be read, and its place.
+#[inline(always)]
+fn word_before(block: *mut u8) -> (u64, *mut u64) {
+    let at = seal::end(block, 0);
+    // SAFETY: the caller knows that it is mapped.
+    (unsafe { seal::read(at) }, at)
 }
 
 #[cold]
 #[inline(never)]
-fn not_live(block: *mut u8, found: u64) -> ! {
+fn not_live(block: *mut u8, at: *mut u64, found: u64) -> ! {
     // SAFETY: there are books before the place of a block.
     let segment = unsafe { &*segment_of(block) };
     if Large::at(segment).is_none() && !segment.begins_block(block) {
         fault::invalid_free(block);
     }
     match found {
-        seal::FREE => fault::double_free(block),
+        _ if found == Key::get().free(at) => fault::double_free(block),
         // Also found where no block was cut yet, or where its page went back since the free.
         0 => fault::not_live(block),
         _ => fault::overflow(block),

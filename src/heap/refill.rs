@@ -183,8 +183,9 @@ impl ThreadHeap {
             count = usize::from(self.commit(span, carved + 1));
         }
         if let Some(guard) = self.guard() {
-            (carved..carved + count)
-                .for_each(|index| guard.on_carve(span.block(index), span.size.get() as usize));
+            (carved..carved + count).for_each(|index| {
+                guard.on_carve(span.block(index), span.size.get() as usize, span.zeroed.get())
+            });
         }
         for index in carved..carved + count {
             filling.put(span.block(index));
