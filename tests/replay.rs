@@ -211,9 +211,19 @@ fn damaged_snapshots() {
     let again = again.each_ref().map(|event| &event[..]);
     refused("pickle-twice", &pickled("device_traces", &again), &["not live already", "event 2"]);
     refused("pickle-nothing", &pickled("device_traces", &[]), &["at least one allocation"]);
-    // A list in a list in a list …, a hundred thousand deep.
-    let deep = [&b"\x80\x02"[..], &[b']'; 100_000], &[b'a'; 99_999], b"."].concat();
-    refused("pickle-deep", &deep, &["device_traces"]);
+    refused("pickle-opcode", b"\x80\x02](\xF0e.", &["an intact pickle", "protocols 2 to 5"]);
+    refused("pickle-operand", b"\x80\x02]a.", &["an intact pickle", "not there"]);
+    refused("pickle-fill", b"\x80\x02K\x05K\x06a.", &["an intact pickle", "no container"]);
+    refused("pickle-length", b"\x80\x04\x8D\xFF\xFF\xFF\xFF\xFF\xFF\xFF\x7F.", &["cut short"]);
+    // A list in a list in a list …, five million deep: alone, and as what an event has for a size.
+    let nested = [vec![b']'; 5_000_000], vec![b'a'; 4_999_999]].concat();
+    refused("pickle-deep", &[&b"\x80\x02"[..], &nested, b"."].concat(), &["device_traces"]);
+    let (head, tail) = (pickled("device_traces", &[&event("alloc", 1)[..2]]), b"ees.");
+    let head = head.strip_suffix(&[b"u", &tail[..]].concat()[..]).unwrap();
+    let deep = [head, b"X\x04\0\0\0size", &nested, b"u", tail].concat();
+    refused("pickle-deep-size", &deep, &["addr, size and stream", "event 1"]);
+    // A list that is in itself.
+    refused("pickle-loop", b"\x80\x02]q\0h\0a.", &["device_traces"]);
 }
 
 #[test]

@@ -10,6 +10,7 @@
 //! without gaps, and streams are numbered by first use. Nothing in a file is trusted; what is wrong with it is
 //! an [`Error::Corrupt`] that says where and what was expected.
 
+mod pickle;
 mod records;
 mod rmm;
 mod torch;

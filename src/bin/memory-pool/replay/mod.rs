@@ -9,6 +9,7 @@ mod report;
 
 use std::time::{Duration, Instant};
 
+use memory_pool::Error;
 use memory_pool::trace::{Event, Trace};
 
 use crate::{Arguments, Failure};
@@ -44,8 +45,11 @@ pub(crate) fn run(mut arguments: Arguments) -> Result<(), Failure> {
 fn read(path: &str) -> Result<Trace, Failure> {
     let bytes = std::fs::read(path).map_err(|error| Failure::Error(format!("{path}: {error}")))?;
     Trace::parse(&bytes).map_err(|error| {
-        let place = Trace::place(&bytes, &error).map_or(String::new(), |place| place + ": ");
-        Failure::Error(format!("{path}: {place}{error}"))
+        let what = match (Trace::place(&bytes, &error), &error) {
+            (Some(place), Error::Corrupt { what, .. }) => format!("{place}: expected {what}"),
+            _ => error.to_string(),
+        };
+        Failure::Error(format!("{path}: {what}"))
     })
 }
 
