@@ -120,8 +120,18 @@ fn misses(gpu: &GpuDevice, pool: &DevicePool) -> memory_pool::Result<()> {
     println!("two streams in turn, 1 MiB: {pair:.1} ns");
     // SAFETY: `other` outlives the handle.
     let borrowed = unsafe { gpu.stream_from_raw(other.as_raw()) };
-    let pair = median(|| drop(pool.alloc_uninit::<u8>(1 << 20, &borrowed)));
-    println!("a borrowed stream, 1 MiB: {pair:.1} ns");
+    let buffer = median(|| drop(pool.alloc_uninit::<u8>(1 << 20, &borrowed)));
+    let raw = median(|| {
+        if let Ok(block) = pool.allocate_async(1 << 20, &borrowed) {
+            // SAFETY: live, never used, freed once.
+            unsafe { pool.deallocate_async(block, &borrowed) };
+        }
+    });
+    let ask = median(|| assert!(!borrowed.is_capturing()));
+    println!(
+        "a borrowed stream, 1 MiB: {buffer:.1} (buffer), {raw:.1} (raw) ns, of which the driver is asked twice \
+         whether somebody captures the stream: {ask:.1} ns each"
+    );
     Ok(())
 }
 

@@ -488,8 +488,25 @@ done:
         pool.reserve(4 << 20).unwrap();
         let mut target = pool.alloc::<u8>(512 << 10, &stream).unwrap();
         theirs.synchronize().unwrap();
+        let far = CudaContext::new(1).ok();
+        context.bind_to_thread().unwrap();
+        let capturing = || {
+            std::thread::scope(|scope| {
+                let asks = scope.spawn(|| {
+                    // With no context that is current, and with another card's.
+                    let none = stream.is_capturing();
+                    if let Some(far) = &far {
+                        far.bind_to_thread().unwrap();
+                    }
+                    (none, stream.is_capturing())
+                });
+                asks.join().unwrap()
+            })
+        };
+        assert_eq!(capturing(), (false, false));
         theirs.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL).unwrap();
         assert!(stream.is_capturing());
+        assert_eq!(capturing(), (true, true));
         let scratch = pool.alloc::<u8>(1 << 20, &stream).unwrap();
         let place = scratch.as_device_ptr();
         target.set_zero(&stream).unwrap();

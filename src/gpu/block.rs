@@ -9,10 +9,11 @@
 #![forbid(unsafe_code)]
 
 use std::any::Any;
+use std::sync::Arc;
 
 use super::device::GpuDevice;
 use super::pool::DevicePool;
-use super::seat::Lease;
+use super::seat::{Lease, Seat};
 use super::stream::Stream;
 use crate::base::error::Result;
 use crate::base::sync::Lock;
@@ -20,11 +21,10 @@ use crate::base::sync::Lock;
 /// A live block of a pool; freed on its home stream when dropped.
 pub(super) struct Block {
     pub(super) lease: Lease,
-    /// Set where the memory is not the pool's; apart, since that is rare and buffers are moved about.
-    pub(super) foreign: Option<Box<Foreign>>,
 }
 
-/// Memory of somebody else's under a [`Block`].
+/// Memory of somebody else's under a [`Block`]; in its seat, since that is rare and buffers are moved about.
+#[derive(Debug)]
 pub(super) struct Foreign {
     /// The stream on which its owner frees it.
     stream: Stream,
@@ -34,31 +34,46 @@ pub(super) struct Foreign {
     _owner: Box<dyn Any + Send + Sync>,
 }
 
-#[cfg(feature = "cuda")]
 impl Foreign {
+    #[cfg(feature = "cuda")]
     pub(super) fn new(stream: Stream, owner: Box<dyn Any + Send + Sync>) -> Self {
         Self { stream, users: Lock::default(), _owner: owner }
+    }
+
+    /// The owner frees it on its own stream, after all work on it; what cannot be ordered is waited for.
+    pub(super) fn end(self, home: &Stream) {
+        for user in self.users.lock().iter().chain([home]) {
+            if self.stream.wait_for(user).is_err() {
+                user.settle();
+            }
+        }
     }
 }
 
 impl Block {
     #[inline]
     pub(super) fn new<T>(pool: &DevicePool, bytes: usize, home: &Stream) -> Result<Self> {
-        if let Some(block) = Self::cached::<T>(pool, bytes, home) {
-            return Ok(block);
-        }
-        Self::from_books::<T>(pool, bytes, home)
+        Self::cached::<T>(pool, bytes, home).or_else(|seat| Self::from_books::<T>(pool, bytes, home, seat))
     }
 
-    /// A block that a cache has; `None` where there is more to do.
+    /// A block that a cache has; where there is more to do, a seat for it, if there is one.
     #[inline]
-    pub(super) fn cached<T>(pool: &DevicePool, bytes: usize, home: &Stream) -> Option<Self> {
-        Some(Self { lease: Lease::cached::<T, _>(pool, bytes, Some(home))?, foreign: None })
+    pub(super) fn cached<T>(
+        pool: &DevicePool,
+        bytes: usize,
+        home: &Stream,
+    ) -> Result<Self, Option<Arc<Seat>>> {
+        Ok(Self { lease: Lease::cached::<T, _>(pool, bytes, Some(home))? })
     }
 
-    /// A block that no cache has.
-    pub(super) fn from_books<T>(pool: &DevicePool, bytes: usize, home: &Stream) -> Result<Self> {
-        Ok(Self { lease: Lease::from_books::<T, _>(pool, bytes, Some(home))?, foreign: None })
+    /// A block, with what [`cached`](Self::cached) had.
+    pub(super) fn from_books<T>(
+        pool: &DevicePool,
+        bytes: usize,
+        home: &Stream,
+        seat: Option<Arc<Seat>>,
+    ) -> Result<Self> {
+        Ok(Self { lease: Lease::from_books::<T, _>(pool, bytes, Some(home), seat)? })
     }
 
     /// A block of memory that is somebody else's.
@@ -70,7 +85,7 @@ impl Block {
         home: &Stream,
         foreign: Foreign,
     ) -> Self {
-        Self { lease: Lease::of_none(pool, start, bytes, Some(home)), foreign: Some(Box::new(foreign)) }
+        Self { lease: Lease::of_none(pool, start, bytes, Some(home), Some(Box::new(foreign))) }
     }
 
     pub(super) fn pool(&self) -> &DevicePool {
@@ -113,18 +128,5 @@ impl Block {
     /// waited for: the work is under way and the block must not be reused before it is done.
     pub(super) fn joined(&self, stream: &Stream) -> Result<()> {
         self.home().wait_for(stream).inspect_err(|_| stream.settle())
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        if let Some(foreign) = &self.foreign {
-            // Its owner frees it on its own stream, after all work on it; what cannot be ordered is waited for.
-            for user in foreign.users.lock().iter().chain([self.home()]) {
-                if foreign.stream.wait_for(user).is_err() {
-                    user.settle();
-                }
-            }
-        }
     }
 }

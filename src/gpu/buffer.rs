@@ -10,6 +10,7 @@ use core::marker::PhantomData;
 use core::mem::MaybeUninit;
 use core::ops::{Bound, RangeBounds};
 use core::ptr::NonNull;
+use std::sync::Arc;
 
 use bytemuck::{AnyBitPattern, NoUninit, Zeroable};
 
@@ -18,6 +19,7 @@ use super::device::GpuDevice;
 use super::host::{HostBuffer, Transfer};
 use super::kind::HostAccessible;
 use super::pool::{DevicePool, bytes_of};
+use super::seat::Seat;
 use super::stream::Stream;
 use crate::base::error::{Error, PointerFault, Refusal, Result};
 use crate::base::pool::MemoryPool;
@@ -61,12 +63,14 @@ impl<T> DeviceBuffer<T> {
         stream: &Stream,
     ) -> Result<DeviceBuffer<MaybeUninit<T>>> {
         // Apart from all that may fail, so that the common way moves no results about.
-        if let Some(bytes) = len.checked_mul(size_of::<T>())
-            && let Some(block) = Block::cached::<T>(pool, bytes, stream)
-        {
-            return Ok(DeviceBuffer::from_block(block, len));
-        }
-        Self::uninit_from_books(pool, len, stream)
+        let seat = match len.checked_mul(size_of::<T>()) {
+            Some(bytes) => match Block::cached::<T>(pool, bytes, stream) {
+                Ok(block) => return Ok(DeviceBuffer::from_block(block, len)),
+                Err(seat) => seat,
+            },
+            None => None,
+        };
+        Self::uninit_from_books(pool, len, stream, seat)
     }
 
     #[inline(never)]
@@ -74,8 +78,9 @@ impl<T> DeviceBuffer<T> {
         pool: &DevicePool,
         len: usize,
         stream: &Stream,
+        seat: Option<Arc<Seat>>,
     ) -> Result<DeviceBuffer<MaybeUninit<T>>> {
-        let block = Block::from_books::<T>(pool, bytes_of::<T>(len)?, stream)?;
+        let block = Block::from_books::<T>(pool, bytes_of::<T>(len)?, stream, seat)?;
         Ok(DeviceBuffer::from_block(block, len))
     }
 
@@ -128,7 +133,7 @@ impl<T> DeviceBuffer<T> {
     /// Says that work on `stream` uses this buffer too: once dropped, its memory is not reused before the
     /// work that `stream` was issued until then is done.
     pub fn record_stream(&self, stream: &Stream) -> Result<()> {
-        if let Some(foreign) = &self.block.foreign {
+        if let Some(foreign) = self.block.lease.foreign() {
             self.block.pool().inner.accept(stream)?;
             foreign.users.lock().push(stream.clone());
         }
@@ -232,7 +237,7 @@ impl<T> DeviceBuffer<T> {
     /// Gives the memory away: its address, to be freed with `deallocate_async` of a handle on its pool. The
     /// pool does not live on for its sake. Memory that was adopted cannot be given away.
     pub fn into_raw(mut self) -> Result<u64> {
-        if self.block.foreign.is_some() {
+        if self.block.lease.foreign().is_some() {
             return Err(Error::refused("the memory is not the pool's", "copy it into a buffer of the pool"));
         }
         if let Some(ticket) = self.block.lease.ticket

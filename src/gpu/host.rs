@@ -54,12 +54,14 @@ unsafe impl<T: Sync, K: HostAccessible> Sync for HostBuffer<T, K> {}
 impl<T, K: HostAccessible> HostBuffer<T, K> {
     #[inline]
     fn space(pool: &GpuPool<K>, len: usize) -> Result<Self> {
-        if let Some(bytes) = len.checked_mul(size_of::<T>())
-            && let Some(lease) = Lease::cached::<T, K>(pool, bytes, None)
-        {
-            return Ok(Self { lease, len, used_on: None, holds: PhantomData });
-        }
-        let lease = Lease::from_books::<T, K>(pool, bytes_of::<T>(len)?, None)?;
+        let seat = match len.checked_mul(size_of::<T>()) {
+            Some(bytes) => match Lease::cached::<T, K>(pool, bytes, None) {
+                Ok(lease) => return Ok(Self { lease, len, used_on: None, holds: PhantomData }),
+                Err(seat) => seat,
+            },
+            None => None,
+        };
+        let lease = Lease::from_books::<T, K>(pool, bytes_of::<T>(len)?, None, seat)?;
         Ok(Self { lease, len, used_on: None, holds: PhantomData })
     }
 

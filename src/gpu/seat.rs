@@ -14,16 +14,20 @@
 //!    cache alone.
 //! 3. Who lays a seat down in a cache may have laid down what kept the pool: from the moment that the turn ends it
 //!    touches nothing of either. Until then the turn keeps out whoever shuts the cache, and so the seat there.
+//! 4. `place` is null or the cache of the seat's stream in the seat's pool. Caches stay where they are as long as the
+//!    pool, and the stream's slot is its own as long as the stream; the seat keeps both.
 
 use core::mem::ManuallyDrop;
 use std::sync::Arc;
 
+use super::block::Foreign;
 use super::core::Ticket;
 use super::front::{Bins, Cache, Whose};
 use super::kind::{Device, MemoryKind};
 use super::pool::{DevicePool, GpuPool, Inner, empty};
 use super::stream::Stream;
 use crate::base::error::Result;
+use crate::base::sync::atomic::{AtomicPtr, Ordering};
 use crate::base::turn::TurnGuard;
 
 /// A pool and a stream, kept. The kind is forgotten here: buffers know theirs. Threads that use different ones share no
@@ -35,12 +39,22 @@ pub(super) struct Seat {
     /// Where the block is the CPU's, a stream that is not used.
     home: Stream,
     cpu: bool,
+    /// Where a stream's block goes, once that is known: the way there from the stream's slot is what a pair of
+    /// allocation and free would wait for.
+    place: AtomicPtr<Cache>,
+    /// Set where the memory is not the pool's.
+    foreign: Option<Box<Foreign>>,
 }
 
 impl Seat {
-    fn new<K: MemoryKind>(pool: &GpuPool<K>, stream: Option<&Stream>) -> Arc<Self> {
+    fn new<K: MemoryKind>(
+        pool: &GpuPool<K>,
+        stream: Option<&Stream>,
+        foreign: Option<Box<Foreign>>,
+    ) -> Arc<Self> {
         let home = stream.map_or_else(|| pool.device().default_stream(), Stream::keep);
-        Arc::new(Self { pool: pool.keep::<Device>(), home, cpu: stream.is_none() })
+        let (pool, cpu) = (pool.keep::<Device>(), stream.is_none());
+        Arc::new(Self { pool, home, cpu, place: AtomicPtr::default(), foreign })
     }
 
     #[inline]
@@ -56,13 +70,32 @@ impl Seat {
     /// The cache that the seat goes to, whether or not the stream is captured just now.
     #[inline]
     fn cache(&self) -> Option<&Cache> {
-        self.inner().front.cache(Whose::of(self.stream(), None)?)
+        if self.cpu {
+            return self.inner().front.cache(Whose::Cpu);
+        }
+        // SAFETY: invariant 4.
+        unsafe { self.place.load(Ordering::Acquire).as_ref() }
+    }
+
+    /// [`cache`](Self::cache), where it is not known yet.
+    fn find_cache(&self) -> Option<&Cache> {
+        let cache = self.inner().front.cache(Whose::of(self.stream(), None)?)?;
+        self.place.store((&raw const *cache).cast_mut(), Ordering::Release);
+        Some(cache)
     }
 
     /// Whether a block can be freed into the cache without another look.
     #[inline]
     fn is_plain(&self) -> bool {
         !self.inner().is_watched() && (self.cpu || !self.home.may_be_captured())
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        if let Some(foreign) = self.foreign.take() {
+            foreign.end(&self.home);
+        }
     }
 }
 
@@ -76,32 +109,33 @@ pub(super) struct Lease {
 }
 
 impl Lease {
-    /// A block of `bytes` that a cache has; `None` where there is more to do.
+    /// A block of `bytes` that a cache has; where there is more to do, a seat for it, if there is one.
     #[inline]
     pub(super) fn cached<T, K: MemoryKind>(
         pool: &GpuPool<K>,
         bytes: usize,
         stream: Option<&Stream>,
-    ) -> Option<Self> {
+    ) -> Result<Self, Option<Arc<Seat>>> {
         let (record, seat) = pool.inner.take_cached(bytes, align_of::<T>(), stream);
-        let record = record?;
-        let seat = ManuallyDrop::new(seat.unwrap_or_else(|| Seat::new(pool, stream)));
-        Some(Self { seat, ticket: Some(record.ticket()), start: record.start(), bytes: record.len() })
+        let Some(record) = record else { return Err(seat) };
+        let seat = ManuallyDrop::new(seat.unwrap_or_else(|| Seat::new(pool, stream, None)));
+        Ok(Self { seat, ticket: Some(record.ticket()), start: record.start(), bytes: record.len() })
     }
 
-    /// A block of `bytes` for `T`s and for work on `stream`, or for the CPU, that no cache has.
+    /// A block of `bytes` for `T`s and for work on `stream`, or for the CPU, with what [`cached`](Self::cached) had.
     #[inline(never)]
     pub(super) fn from_books<T, K: MemoryKind>(
         pool: &GpuPool<K>,
         bytes: usize,
         stream: Option<&Stream>,
+        seat: Option<Arc<Seat>>,
     ) -> Result<Self> {
         if bytes == 0 {
             stream.map_or(Ok(()), |stream| pool.inner.accept(stream))?;
-            return Ok(Self::of_none(pool, empty::<T>(), 0, stream));
+            return Ok(Self::of_none(pool, empty::<T>(), 0, stream, None));
         }
-        let (placed, seat) = pool.inner.take_uncached(bytes, align_of::<T>(), stream)?;
-        let seat = ManuallyDrop::new(seat.unwrap_or_else(|| Seat::new(pool, stream)));
+        let (placed, seat) = pool.inner.take_uncached(bytes, align_of::<T>(), stream, seat)?;
+        let seat = ManuallyDrop::new(seat.unwrap_or_else(|| Seat::new(pool, stream, None)));
         Ok(Self { seat, ticket: Some(placed.ticket), start: placed.start, bytes: placed.len })
     }
 
@@ -111,8 +145,14 @@ impl Lease {
         start: usize,
         bytes: usize,
         stream: Option<&Stream>,
+        foreign: Option<Box<Foreign>>,
     ) -> Self {
-        Self { seat: ManuallyDrop::new(Seat::new(pool, stream)), ticket: None, start, bytes }
+        Self { seat: ManuallyDrop::new(Seat::new(pool, stream, foreign)), ticket: None, start, bytes }
+    }
+
+    /// Whose the memory is where it is not the pool's.
+    pub(super) fn foreign(&self) -> Option<&Foreign> {
+        self.seat.foreign.as_deref()
     }
 
     pub(super) fn pool(&self) -> &DevicePool {
@@ -142,10 +182,18 @@ impl Drop for Lease {
     fn drop(&mut self) {
         // SAFETY: the lease is gone after this.
         let seat = unsafe { ManuallyDrop::take(&mut self.seat) };
-        if let Some(ticket) = self.ticket {
-            give(seat, ticket, self.start, self.bytes);
+        match self.ticket {
+            Some(ticket) => give(seat, ticket, self.start, self.bytes),
+            None => let_go(seat),
         }
     }
+}
+
+/// Apart, so that the common way saves no registers for what may come of it.
+#[cold]
+#[inline(never)]
+fn let_go(seat: Arc<Seat>) {
+    drop(seat);
 }
 
 /// Frees a block on its own stream.
@@ -156,8 +204,10 @@ fn give(seat: Arc<Seat>, ticket: Ticket, start: usize, bytes: usize) {
     let this = unsafe { &*seat };
     if this.is_plain()
         && let Some(cache) = this.cache()
+        // Most blocks that come here by way of the books have no record, and need no turn to see that.
+        && let Some(found) = this.inner().front.find(start)
         && let Some(mut bins) = cache.bins.try_lock()
-        && this.inner().front.put(cache, &mut bins, start, false)
+        && this.inner().front.put(cache, &mut bins, found, false)
     {
         // SAFETY: `seat` came from `into_raw`, is of this cache, and nothing is touched after.
         unsafe { lay_down(bins, seat) };
@@ -173,8 +223,26 @@ fn give(seat: Arc<Seat>, ticket: Ticket, start: usize, bytes: usize) {
 unsafe fn give_slow(seat: *const Seat, ticket: Ticket, start: usize, bytes: usize) {
     // SAFETY: counted until `lay_down` or the end.
     let this = unsafe { &*seat };
-    this.inner().give(ticket, start, bytes, this.stream());
-    if let Some(cache) = this.cache()
+    let inner = this.inner();
+    if inner.is_watched() {
+        inner.give(ticket, start, bytes, this.stream());
+    } else {
+        // Of a stream that others may capture the driver is asked once.
+        let session = Inner::session(this.stream());
+        if !this.is_plain()
+            && matches!(session, Ok(None))
+            && let Some(cache) = this.cache().or_else(|| this.find_cache())
+            && let Some(found) = inner.front.find(start)
+            && let Some(mut bins) = cache.bins.try_lock()
+            && inner.front.put(cache, &mut bins, found, false)
+        {
+            // SAFETY: `seat` came from `into_raw`, is of this cache, and nothing is touched after.
+            unsafe { lay_down(bins, seat) };
+            return;
+        }
+        inner.give_to_books(ticket, this.stream(), session);
+    }
+    if let Some(cache) = this.cache().or_else(|| this.find_cache())
         && let Some(bins) = cache.bins.try_lock()
     {
         // SAFETY: `seat` came from `into_raw`, is of this cache, and nothing is touched after.
@@ -197,5 +265,7 @@ unsafe fn lay_down(mut bins: TurnGuard<'_, Bins>, seat: *const Seat) {
     let seat = unsafe { Arc::from_raw(seat) };
     let rest = bins.keep_seat(seat);
     drop(bins);
-    drop(rest);
+    if let Some(rest) = rest {
+        let_go(rest);
+    }
 }

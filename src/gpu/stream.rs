@@ -8,7 +8,7 @@
 use std::any::Any;
 use std::fmt;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::ThreadId;
 
@@ -35,6 +35,11 @@ pub(super) enum Owner {
     Thread(ThreadId),
 }
 
+/// A capture that was begun here records the stream's work.
+const CAPTURING: u8 = 1;
+/// Somebody else may begin a capture on the stream, or only one thread can name it: at no glance is it known to be plain.
+const EXPOSED: u8 = 2;
+
 pub(super) struct Inner {
     users: Users,
     device: GpuDevice,
@@ -42,9 +47,8 @@ pub(super) struct Inner {
     slot: u32,
     owner: Owner,
     session: Lock<Option<Arc<Session>>>,
-    capturing: AtomicBool,
-    /// Whether somebody else may begin a capture on the stream.
-    exposed: AtomicBool,
+    /// `CAPTURING` and `EXPOSED`.
+    looks: AtomicU8,
     /// Keeps a foreign owner of the stream alive.
     _keep: Option<Box<dyn Any + Send + Sync>>,
 }
@@ -77,8 +81,11 @@ impl Stream {
             slot,
             owner,
             session: Lock::default(),
-            capturing: AtomicBool::new(false),
-            exposed: AtomicBool::new(matches!(owner, Owner::Borrowed | Owner::Thread(_))),
+            looks: AtomicU8::new(if matches!(owner, Owner::Borrowed | Owner::Thread(_)) {
+                EXPOSED
+            } else {
+                0
+            }),
             _keep: keep,
         })))
     }
@@ -113,7 +120,7 @@ impl Stream {
     /// The raw `CUstream`, for foreign calls. Work issued through it counts as work on this stream. From now on a
     /// pool asks the driver at each operation on the stream whether it is being captured.
     pub fn as_raw(&self) -> *mut core::ffi::c_void {
-        self.0.exposed.store(true, Ordering::Relaxed);
+        self.expose();
         self.0.raw.0 as *mut _
     }
 
@@ -251,21 +258,35 @@ impl Stream {
     /// The graph capture in progress on this stream, if it was begun here.
     #[inline]
     pub(super) fn session(&self) -> Option<Arc<Session>> {
-        if !self.0.capturing.load(Ordering::Relaxed) {
+        if !self.looks(CAPTURING) {
             return None;
         }
         self.0.session.lock().clone()
     }
 
     pub(super) fn set_session(&self, session: Option<Arc<Session>>) -> Option<Arc<Session>> {
-        self.0.capturing.store(session.is_some(), Ordering::Relaxed);
+        if session.is_some() {
+            self.0.looks.fetch_or(CAPTURING, Ordering::Relaxed);
+        } else {
+            self.0.looks.fetch_and(!CAPTURING, Ordering::Relaxed);
+        }
         std::mem::replace(&mut *self.0.session.lock(), session)
     }
 
     /// Whether it takes a closer look to say that no capture is in progress.
     #[inline(always)]
     pub(super) fn may_be_captured(&self) -> bool {
-        self.0.capturing.load(Ordering::Relaxed) || self.is_foreign()
+        self.looks(CAPTURING | EXPOSED)
+    }
+
+    /// Whether the stream looks like one of these.
+    #[inline(always)]
+    fn looks(&self, like: u8) -> bool {
+        self.0.looks.load(Ordering::Relaxed) & like != 0
+    }
+
+    fn expose(&self) {
+        self.0.looks.fetch_or(EXPOSED, Ordering::Relaxed);
     }
 
     /// The capture in progress on this stream, whoever began it.
@@ -307,13 +328,13 @@ impl Stream {
             }
         } else {
             // The driver knows.
-            self.0.exposed.store(true, Ordering::Relaxed);
+            self.expose();
         }
     }
 
     /// Whether work issued now is recorded into a graph instead of running.
     pub fn is_capturing(&self) -> bool {
-        if self.0.capturing.load(Ordering::Relaxed) {
+        if self.looks(CAPTURING) {
             return true;
         }
         self.is_foreign() && self.0.device.0.driver.capture_state(self.0.raw) == Ok(CaptureState::Active)
@@ -322,7 +343,7 @@ impl Stream {
     /// Whether a capture of this stream could be in progress without a session here.
     #[inline]
     pub(super) fn is_foreign(&self) -> bool {
-        self.0.exposed.load(Ordering::Relaxed)
+        self.looks(EXPOSED)
     }
 
     pub(super) fn refuse_capture(&self) -> Result<()> {

@@ -124,8 +124,7 @@ fn snapshots_as_python_writes_them() {
         G?\xf8\x00\x00\x00\x00\x00\x00C\x02xx\x94N\x8f\x94(K\x01K\x02\x90\x8a\t\x00\x00\x00\x00\x00\x00\x00\x00@t\x94uees.";
     for bytes in [&second[..], fifth] {
         let trace = Trace::parse(bytes).unwrap();
-        let expected =
-            [Event::Alloc { id: 0, stream: 0, bytes: 4096 }, Event::Free { id: 0, stream: 0 }];
+        let expected = [Event::Alloc { id: 0, stream: 0, bytes: 4096 }, Event::Free { id: 0, stream: 0 }];
         assert_eq!(trace.events(), expected);
         for cut in 0..bytes.len() {
             assert!(Trace::parse(&bytes[..cut]).is_err());

@@ -27,6 +27,12 @@ impl RawStream {
     pub(crate) const LEGACY: Self = Self(1);
     /// The default stream of the calling thread.
     pub(crate) const PER_THREAD: Self = Self(2);
+
+    /// Whether it is one of these, which are of the context that is current.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn is_default(self) -> bool {
+        self.0 <= Self::PER_THREAD.0
+    }
 }
 
 /// An event as the driver names it.

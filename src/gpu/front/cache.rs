@@ -36,6 +36,7 @@ struct Bin {
 }
 
 impl Bin {
+    #[inline]
     fn remove(&mut self, at: usize) -> Entry {
         let entry = self.entries[at];
         self.count -= 1;

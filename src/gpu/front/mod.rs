@@ -88,13 +88,13 @@ impl Whose {
 /// Caches, and which of them there are.
 #[derive(Debug)]
 struct Row {
-    cells: Box<[OnceLock<Box<Cache>>]>,
+    cells: Box<[OnceLock<Box<Cache>>; ROW]>,
     made: AtomicU64,
 }
 
 impl Row {
-    fn new(len: usize) -> Self {
-        Self { cells: std::iter::repeat_with(OnceLock::new).take(len).collect(), made: AtomicU64::new(0) }
+    fn new() -> Self {
+        Self { cells: Box::new([const { OnceLock::new() }; ROW]), made: AtomicU64::new(0) }
     }
 
     #[inline]
@@ -150,7 +150,7 @@ pub(super) struct Front {
     most: usize,
     /// Most bytes in a cache.
     cap: AtomicUsize,
-    rows: Box<[OnceLock<Row>]>,
+    rows: [OnceLock<Row>; ROW],
     /// Which rows there are.
     made: AtomicU64,
     cpu: Row,
@@ -169,9 +169,9 @@ impl Front {
             shift,
             most: if by_size { MOST_BYTES } else { 0 },
             cap: AtomicUsize::new(LEAST_CAP),
-            rows: std::iter::repeat_with(OnceLock::new).take(ROW).collect(),
+            rows: [const { OnceLock::new() }; ROW],
             made: AtomicU64::new(0),
-            cpu: Row::new(WAYS),
+            cpu: Row::new(),
             records,
             #[cfg(test)]
             one_for_all: false.into(),
@@ -210,7 +210,7 @@ impl Front {
                 if let Some(row) = cell.get() {
                     return row.get_or_make(slot % ROW);
                 }
-                let row = cell.get_or_init(|| Row::new(ROW));
+                let row = cell.get_or_init(Row::new);
                 self.made.fetch_or(1 << (slot / ROW), Relaxed);
                 row.get_or_make(slot % ROW)
             }
@@ -225,14 +225,12 @@ impl Front {
     /// A cached block for a request of `bytes`, rounded as the pool rounds them.
     #[inline]
     pub(super) fn take(&self, cache: &Cache, bytes: usize, align: usize) -> Option<Placed> {
-        let record = self.pick(cache, &mut *cache.bins.try_lock()?, bytes, align)?;
-        let (start, len, published) = (record.start(), record.len(), record.flags() & PUBLISHED != 0);
-        Some(Placed { ticket: record.ticket(), start, len, published })
+        Some(self.pick(cache, &mut *cache.bins.try_lock()?, bytes, align)?.placed())
     }
 
     /// [`take`](Self::take) from a cache that is locked. What is known of the block is returned as a reference, in a
     /// register: values that are written here and read by the caller in other widths would wait for each other.
-    #[inline]
+    #[inline(always)]
     pub(super) fn pick(&self, cache: &Cache, bins: &mut Bins, bytes: usize, align: usize) -> Option<&Record> {
         let granules = u32::try_from(bytes.checked_add((1 << self.shift) - 1)? >> self.shift).ok()?;
         let fits = |number| {
@@ -257,19 +255,19 @@ impl Front {
     #[inline]
     pub(super) fn give(&self, cache: &Cache, start: usize, by_address: bool) -> bool {
         // Most blocks that come here by way of the books have no record, and need no lock to see that.
-        let Some(found) = self.records.find(start) else { return false };
-        cache.bins.try_lock().is_some_and(|mut bins| self.put_record(cache, &mut bins, found, by_address))
+        let Some(found) = self.find(start) else { return false };
+        cache.bins.try_lock().is_some_and(|mut bins| self.put(cache, &mut bins, found, by_address))
     }
 
-    /// [`give`](Self::give) to a cache that is locked.
-    #[inline]
-    pub(super) fn put(&self, cache: &Cache, bins: &mut Bins, start: usize, by_address: bool) -> bool {
-        let found = self.records.find(start);
-        found.is_some_and(|found| self.put_record(cache, bins, found, by_address))
+    /// The record of a block, and its number.
+    #[inline(always)]
+    pub(super) fn find(&self, start: usize) -> Option<(u32, &Record)> {
+        self.records.find(start)
     }
 
-    #[inline]
-    fn put_record(
+    /// [`give`](Self::give) to a cache that is locked, of a block that has a record.
+    #[inline(always)]
+    pub(super) fn put(
         &self,
         cache: &Cache,
         bins: &mut Bins,
@@ -289,11 +287,6 @@ impl Front {
         cache.more(len);
         bins.served.frees += 1;
         true
-    }
-
-    /// A seat for a block that came from the books, if the cache has one.
-    pub(super) fn seat(&self, whose: Whose) -> Option<Arc<Seat>> {
-        self.cache(whose)?.bins.try_lock()?.seat()
     }
 
     /// Caches a block that is freed on `lane`, and lets others give way; false where it must go to the books.

@@ -12,7 +12,7 @@
 
 use std::sync::OnceLock;
 
-use super::super::core::Ticket;
+use super::super::core::{Placed, Ticket};
 use crate::base::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 
 /// The block lies in a cache.
@@ -39,6 +39,12 @@ impl Record {
 
     pub(in crate::gpu) fn len(&self) -> usize {
         self.len.load(Relaxed)
+    }
+
+    /// The block as the books placed it.
+    pub(in crate::gpu) fn placed(&self) -> Placed {
+        let published = self.flags() & PUBLISHED != 0;
+        Placed { ticket: self.ticket(), start: self.start(), len: self.len(), published }
     }
 
     pub(in crate::gpu) fn set_len(&self, len: usize) {

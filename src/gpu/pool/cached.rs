@@ -1,19 +1,21 @@
-//! How typed buffers come by their blocks: from a cache of their stream, with a seat, or else from the books.
+//! How blocks come out of the cache of their stream at a glance, and typed buffers by theirs, with a seat.
 
 use std::sync::Arc;
 
 use super::super::core::Placed;
-use super::super::front::{Record, Whose};
+use super::super::front::{Bins, Cache, Record, Whose};
 use super::super::seat::Seat;
 use super::super::stream::Stream;
 use super::inner::Inner;
 use super::options;
 use crate::base::error::{Error, OomReason, Result};
 use crate::base::pool::AllocFlags;
+use crate::base::turn::TurnGuard;
 
 impl Inner {
-    /// A cached block and a seat, if the cache has one; nothing where the request takes more than a look into a cache.
-    /// Both are returned in registers (see [`Front::pick`](super::super::front::Front::pick)).
+    /// A cached block, and a seat, if the cache has one; a seat alone where the request takes more than a look into the
+    /// cache, which is locked once for both. Both are returned in registers (see
+    /// [`Front::pick`](super::super::front::Front::pick)).
     #[inline(never)]
     pub(in crate::gpu) fn take_cached(
         &self,
@@ -21,45 +23,67 @@ impl Inner {
         align: usize,
         stream: Option<&Stream>,
     ) -> (Option<&Record>, Option<Arc<Seat>>) {
-        let whose = match stream {
-            Some(stream) if !self.orders_by(stream) => return (None, None),
-            stream => Whose::of(stream, None),
-        };
-        if let Some(rounded) = options::rounded(&self.config, bytes)
-            && self.watch.is_none()
-            && bytes != 0
-            && let Some(whose) = whose
-            && let Some(cache) = self.front.cache(whose)
-            && cache.blocks() != 0
-            && let Some(mut bins) = cache.bins.try_lock()
-            && let Some(record) = self.front.pick(cache, &mut bins, rounded, align.max(self.config.alignment))
-        {
-            return (Some(record), bins.seat());
+        let Some((cache, mut bins)) = self.turn(stream) else { return (None, None) };
+        (self.pick(cache, &mut bins, bytes, align), bins.seat())
+    }
+
+    /// A cached block alone.
+    #[inline(never)]
+    pub(super) fn take_record(&self, bytes: usize, align: usize, stream: Option<&Stream>) -> Option<&Record> {
+        let (cache, mut bins) = self.turn(stream)?;
+        self.pick(cache, &mut bins, bytes, align)
+    }
+
+    /// The cache of a stream, or the CPU's, if that can be said at a glance.
+    #[inline(always)]
+    fn turn(&self, stream: Option<&Stream>) -> Option<(&Cache, TurnGuard<'_, Bins>)> {
+        if self.watch.is_some() || !stream.is_none_or(|stream| self.orders_by(stream)) {
+            return None;
         }
-        (None, None)
+        let cache = self.front.cache(Whose::of(stream, None)?)?;
+        Some((cache, cache.bins.try_lock()?))
     }
 
-    /// Whether the stream orders this pool's memory, for this thread, and is in no capture, at a glance.
-    #[inline]
+    #[inline(always)]
+    fn pick(&self, cache: &Cache, bins: &mut Bins, bytes: usize, align: usize) -> Option<&Record> {
+        let rounded = options::rounded(&self.config, bytes)?;
+        self.front.pick(cache, bins, rounded, align.max(self.config.alignment))
+    }
+
+    /// Whether the stream orders this pool's memory, for this thread, and is in no capture, at a glance: the stream of
+    /// another thread is none of which that can be said.
+    #[inline(always)]
     fn orders_by(&self, stream: &Stream) -> bool {
-        self.device.same(stream.device()) && stream.check_thread().is_ok() && !stream.may_be_captured()
+        !stream.may_be_captured() && self.device.same(stream.device())
     }
 
-    /// A block that [`take_cached`](Self::take_cached) did not have, and a seat, if the cache has one. `bytes` is not 0.
+    /// A block that [`take_cached`](Self::take_cached) did not have, with the seat that it had, or one. `bytes` is not 0.
     pub(in crate::gpu) fn take_uncached(
         self: &Arc<Self>,
         bytes: usize,
         align: usize,
         stream: Option<&Stream>,
+        seat: Option<Arc<Seat>>,
     ) -> Result<(Placed, Option<Arc<Seat>>)> {
         let flags = AllocFlags::NONE;
-        if self.watch.is_some() || !stream.is_none_or(|stream| self.orders_by(stream)) {
-            return Ok((self.take(bytes, align, stream, flags, false)?, None));
+        if self.watch.is_some() {
+            return Ok((self.take(bytes, align, stream, flags, false)?, seat));
+        }
+        if let Some(stream) = stream {
+            self.accept(stream)?;
+        }
+        let session = Self::session(stream)?;
+        // Now it is known that a stream which others may capture is not captured just now.
+        if let Some(stream) = stream.filter(|stream| session.is_none() && stream.may_be_captured())
+            && let Some(cache) = self.front.cache(Whose::Stream(stream.slot()))
+            && let Some(mut bins) = cache.bins.try_lock()
+            && let Some(record) = self.pick(cache, &mut bins, bytes, align)
+        {
+            return Ok((record.placed(), bins.seat()));
         }
         let overflow = Error::oom(bytes, OomReason::Overflow);
         let rounded = options::rounded(&self.config, bytes).ok_or(overflow)?;
-        let placed =
-            self.take_from_books(rounded, align.max(self.config.alignment), stream, None, flags, false)?;
-        Ok((placed, Whose::of(stream, None).and_then(|whose| self.front.seat(whose))))
+        let align = align.max(self.config.alignment);
+        Ok((self.take_from_books(rounded, align, stream, session, flags, false)?, seat))
     }
 }

@@ -114,7 +114,9 @@ impl Inner {
             self.accept(stream)?;
         }
         let session = Self::session(stream)?;
-        let whose = Whose::of(stream, session.as_ref());
+        // What is plain at a glance was looked for in its cache before.
+        let whose = Whose::of(stream, session.as_ref())
+            .filter(|_| self.watch.is_some() || stream.is_some_and(Stream::may_be_captured));
         let cache = whose.and_then(|whose| self.front.cache(whose)).filter(|cache| cache.blocks() != 0);
         match cache.and_then(|cache| self.front.take(cache, rounded, align)) {
             Some(placed) => Ok(placed),
@@ -212,34 +214,50 @@ impl Inner {
         let whose = session.as_ref().ok().and_then(|session| Whose::of(stream, session.as_ref()));
         let cache = whose.and_then(|whose| self.front.cache(whose));
         if !cache.is_some_and(|cache| self.front.give(cache, start, false)) {
-            self.give_to_books(ticket, stream, session.as_ref().map(Option::as_ref).map_err(|error| *error));
+            self.give_to_books(ticket, stream, session);
         }
     }
 
-    /// Frees a block of which the address is known, on `stream` or for the CPU. The driver is asked about captures
-    /// once, and the books are locked once.
+    /// Frees a block of which the address is known, on `stream` or for the CPU.
     #[inline]
     pub(super) fn give_plain_at(self: &Arc<Self>, start: usize, stream: Option<&Stream>) -> Result<()> {
+        let whose = Whose::of(stream, None).filter(|_| !stream.is_some_and(Stream::may_be_captured));
+        if let Some(cache) = whose.and_then(|whose| self.front.cache(whose))
+            && self.front.give(cache, start, true)
+        {
+            return Ok(());
+        }
+        self.give_at_slow(start, stream)
+    }
+
+    /// [`give_plain_at`](Self::give_plain_at) where it takes more than a look. The driver is asked about captures once,
+    /// and the books are locked once.
+    #[inline(never)]
+    fn give_at_slow(self: &Arc<Self>, start: usize, stream: Option<&Stream>) -> Result<()> {
         let session = Self::session(stream);
-        let whose = session.as_ref().ok().and_then(|session| Whose::of(stream, session.as_ref()));
-        let cache = whose.and_then(|whose| self.front.cache(whose));
-        if cache.is_some_and(|cache| self.front.give(cache, start, true)) {
+        if let Some(stream) = stream.filter(|stream| stream.may_be_captured())
+            && matches!(session, Ok(None))
+            && let Some(cache) = self.front.cache(Whose::Stream(stream.slot()))
+            && self.front.give(cache, start, true)
+        {
             return Ok(());
         }
         let mut core = self.core.lock();
         let ticket = core.find(start)?;
-        self.free_in(&mut core, ticket, stream, session.as_ref().map(Option::as_ref).map_err(|error| *error));
+        self.free_in(&mut core, ticket, stream, &session);
+        drop(core);
         Ok(())
     }
 
+    /// Frees a block that no cache takes. The session is dropped with no lock held.
     #[inline(never)]
-    fn give_to_books(
+    pub(in crate::gpu) fn give_to_books(
         self: &Arc<Self>,
         ticket: Ticket,
         stream: Option<&Stream>,
-        session: Result<Option<&Arc<Session>>>,
+        session: Result<Option<Arc<Session>>>,
     ) {
-        self.free_in(&mut self.core.lock(), ticket, stream, session);
+        self.free_in(&mut self.core.lock(), ticket, stream, &session);
     }
 
     #[inline]
@@ -248,8 +266,9 @@ impl Inner {
         core: &mut Core,
         ticket: Ticket,
         stream: Option<&Stream>,
-        session: Result<Option<&Arc<Session>>>,
+        session: &Result<Option<Arc<Session>>>,
     ) {
+        let session = session.as_ref().map(Option::as_ref).map_err(|error| *error);
         let whose = session.ok().and_then(|session| Whose::of(stream, session));
         let driver = &*self.device.0.driver;
         // What caches handed out since made the peak perhaps.

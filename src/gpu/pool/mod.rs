@@ -23,8 +23,10 @@ use bytemuck::Zeroable;
 pub(super) use inner::Inner;
 
 use super::buffer::DeviceBuffer;
+use super::core::Placed;
 use super::device::GpuDevice;
 use super::driver::Space;
+use super::front::{PUBLISHED, Record};
 use super::handle::Handle;
 use super::host::HostBuffer;
 use super::kind::{Device, HostAccessible, Managed, MemoryKind, Pinned};
@@ -144,14 +146,36 @@ impl<K: MemoryKind> GpuPool<K> {
         stream: Option<&Stream>,
         flags: AllocFlags,
     ) -> Result<NonNull<[u8]>> {
-        let placed = self.inner.take(bytes, align, stream, flags, true)?;
+        match self.inner.take_record(bytes, align, stream) {
+            Some(record) if record.flags() & PUBLISHED != 0 => Self::block(record.start(), record.len()),
+            record => self.raw_from_books(bytes, align, stream, flags, record.map(Record::placed)),
+        }
+    }
+
+    fn block(start: usize, len: usize) -> Result<NonNull<[u8]>> {
+        let base = NonNull::new(start as *mut u8).ok_or(Error::pointer(start, PointerFault::Foreign))?;
+        Ok(NonNull::slice_from_raw_parts(base, len))
+    }
+
+    /// [`raw`](Self::raw) where there is more to do than to take a block out of a cache.
+    #[inline(never)]
+    fn raw_from_books(
+        &self,
+        bytes: usize,
+        align: usize,
+        stream: Option<&Stream>,
+        flags: AllocFlags,
+        cached: Option<Placed>,
+    ) -> Result<NonNull<[u8]>> {
+        let placed = match cached {
+            Some(placed) => placed,
+            None => self.inner.take(bytes, align, stream, flags, true)?,
+        };
         if !placed.published && !self.inner.core.lock().publish(placed.ticket) {
             self.inner.give(placed.ticket, placed.start, placed.len, stream);
             return Err(Error::oom(bytes, OomReason::Source));
         }
-        let bad = Error::pointer(placed.start, PointerFault::Foreign);
-        let base = NonNull::new(placed.start as *mut u8).ok_or(bad)?;
-        Ok(NonNull::slice_from_raw_parts(base, placed.len))
+        Self::block(placed.start, placed.len)
     }
 
     /// Frees a block in the order of `stream`: work issued to it so far may still use the block. Work on

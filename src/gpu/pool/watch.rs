@@ -209,11 +209,24 @@ impl Inner {
     /// Frees the block that the user knows at `address`.
     #[inline]
     pub(super) fn give_at(self: &Arc<Self>, address: usize, stream: Option<&Stream>) -> Result<()> {
-        let Some(watch) = &self.watch else { return self.give_plain_at(address, stream) };
+        match &self.watch {
+            None => self.give_plain_at(address, stream),
+            Some(watch) => self.give_watched_at(watch, address, stream),
+        }
+    }
+
+    #[cold]
+    fn give_watched_at(
+        self: &Arc<Self>,
+        watch: &Watch,
+        address: usize,
+        stream: Option<&Stream>,
+    ) -> Result<()> {
         let (ticket, len) = self.find(address).inspect_err(|_| self.refuse(address))?;
         if watch.layer.is_none() && !watch.waits {
             self.tell_freed(watch, address, len);
-            return self.give_plain_at(address, stream);
+            self.give_plain(ticket, address, stream);
+            return Ok(());
         }
         self.give(ticket, address, len, stream);
         Ok(())

@@ -506,7 +506,12 @@ unsafe impl Driver for CudaDevice {
     fn capture_state(&self, raw: RawStream) -> Result<Capture> {
         let mut state = 0;
         // SAFETY: invariants 1, 2 and 3.
-        self.call("cuStreamIsCapturing", |api| unsafe { (api.is_capturing)(stream(raw), &mut state) })?;
+        let mut ask = |api: &Api| unsafe { (api.is_capturing)(stream(raw), &mut state) };
+        // A stream that was made knows its context; the default ones are those of whichever is current. This is asked
+        // at each operation on a borrowed stream, and what is current is half of the price.
+        if raw.is_default() || ask(self.api) != 0 {
+            self.call("cuStreamIsCapturing", ask)?;
+        }
         Ok(if state == 0 { Capture::None } else { Capture::Active })
     }
 
