@@ -58,11 +58,12 @@ def rpmalloc():
 
 
 def allocators(peers):
-    """Name and library of all that are here; glibc's needs none. `hardened` is the same heap, configured so."""
+    """Name and library of all that are here. `hardened` is the same heap, configured so. glibc goes first as well, since
+    some programs bring an allocator along: Debian's Redis is linked with jemalloc."""
     os.makedirs(BUILT, exist_ok=True)
     if not os.path.exists(OURS):
         sys.exit("first: cargo build --release --example malloc_preload")
-    found = {"memory-pool": OURS, "hardened": OURS, "glibc": ""}
+    found = {"memory-pool": OURS, "hardened": OURS, "glibc": "".join(glob.glob(DEBIAN + "/libc.so.6"))}
     others = {
         "jemalloc": glob.glob(peers + "/libjemalloc.so.2"),
         "tcmalloc": glob.glob(peers + "/libtcmalloc_minimal.so.4"),

@@ -83,6 +83,7 @@ pub(crate) unsafe fn resize(block: *mut c_void, size: usize) -> *mut c_void {
 
 /// # Safety
 /// As for `malloc_usable_size`, of what is not null.
+#[inline(always)]
 pub(crate) unsafe fn usable(block: *mut c_void) -> usize {
     match watch() {
         // SAFETY: the caller's contract.

@@ -5,7 +5,7 @@
 //! `spares`.
 
 use core::cell::Cell;
-use core::ptr;
+use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use super::guard::Guard;
@@ -18,6 +18,7 @@ use super::segment::{SEGMENT, Segments};
 use super::settings::{Part, Settings};
 use super::spare::Spares;
 use super::thread::ThreadHeap;
+use crate::base::error::Result;
 use crate::base::heap_config::HeapConfig;
 use crate::source::os;
 
@@ -162,11 +163,20 @@ impl Hub {
 
     /// Maps memory, and counts it.
     pub(super) fn map(&self, len: usize, align: usize) -> Option<*mut u8> {
+        self.count_mapping(len, || os::map(len, align, os::Access::ReadWrite))
+    }
+
+    /// The same for one block, which the system refuses if it has nowhere near as much memory.
+    pub(super) fn map_block(&self, len: usize, align: usize) -> Option<*mut u8> {
+        self.count_mapping(len, || os::map_for_use(len, align))
+    }
+
+    fn count_mapping(&self, len: usize, map: impl FnOnce() -> Result<NonNull<u8>>) -> Option<*mut u8> {
         if !self.let_through() {
             return None;
         }
         self.count_call();
-        let base = os::map(len, align, os::Access::ReadWrite).ok()?;
+        let base = map().ok()?;
         self.counters.reserved.fetch_add(len, Ordering::Relaxed);
         Some(base.as_ptr())
     }
@@ -176,7 +186,7 @@ impl Hub {
     pub(super) unsafe fn unmap(&self, base: *mut u8, len: usize) {
         self.count_call();
         self.counters.reserved.fetch_sub(len, Ordering::Relaxed);
-        if let Some(base) = ptr::NonNull::new(base) {
+        if let Some(base) = NonNull::new(base) {
             // SAFETY: the caller's contract.
             unsafe { os::unmap(base, len) }
         }
@@ -187,8 +197,8 @@ impl Hub {
     pub(super) unsafe fn discard(&self, base: *mut u8, len: usize) -> bool {
         self.count_call();
         // SAFETY: the caller's contract.
-        let done = self.let_through()
-            && ptr::NonNull::new(base).is_some_and(|base| unsafe { os::discard(base, len) });
+        let done =
+            self.let_through() && NonNull::new(base).is_some_and(|base| unsafe { os::discard(base, len) });
         if done {
             self.regret.gave(len, self.threads(), self.settings.regret());
         }

@@ -159,7 +159,8 @@ fn mapping(hub: &Hub, len: usize, align: usize) -> Option<*mut u8> {
     if !hub.charge(len) {
         return None;
     }
-    let base = hub.map(len, align);
+    // The place of an alignment larger than the block is address space, which there is plenty of.
+    let base = if align <= len { hub.map_block(len, align) } else { hub.map(len, align) };
     if base.is_none() {
         hub.refund(len);
     }

@@ -101,6 +101,7 @@ impl Settings {
         }
     }
 
+    #[inline]
     pub(super) fn has(&self, part: Part) -> bool {
         self.parts.load(Ordering::Relaxed) & part as u32 != 0
     }

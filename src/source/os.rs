@@ -64,6 +64,11 @@ pub fn map(len: usize, align: usize, access: Access) -> Result<NonNull<u8>> {
     map_with(len, align, access, libc::MAP_NORESERVE)
 }
 
+/// The same for memory that is about to be used: refused where the system knows that it has nowhere near as much.
+pub fn map_for_use(len: usize, align: usize) -> Result<NonNull<u8>> {
+    map_with(len, align, Access::ReadWrite, 0)
+}
+
 fn map_with(len: usize, align: usize, access: Access, extra_flags: libc::c_int) -> Result<NonNull<u8>> {
     debug_assert!(len > 0 && is_aligned(len, page_size()));
     let too_large = Error::oom(len, OomReason::Overflow);
