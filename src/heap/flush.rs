@@ -11,15 +11,17 @@ use super::span::{Place, Span};
 use super::thread::{Slot, ThreadHeap, bump, lower};
 
 impl ThreadHeap {
-    /// The cache of `class` is full: gives its older half back to the spans, then takes `block`.
+    /// The cache of `class` is full: gives its older half back to the spans, or all but an eighth where the thread does
+    /// nothing but free, then takes `block`.
     #[cold]
     #[inline(never)]
     pub(crate) fn flush(&self, class: usize, block: *mut u8) {
         if let Some(guard) = self.guard() {
             return self.guarded_free(guard, block);
         }
-        let half = (self.capacity(class) / 2).max(1);
-        self.flush_oldest(class, half);
+        let capacity = self.capacity(class);
+        let keep = capacity / if self.bins[class].flushed.replace(true) { 8 } else { 2 };
+        self.flush_oldest(class, (capacity - keep).max(1));
         // SAFETY: this thread's heap, and there is room now.
         let pushed = unsafe { self.front.push(class, block) };
         debug_assert!(pushed);

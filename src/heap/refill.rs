@@ -27,6 +27,16 @@ impl Filling<'_> {
             self.left -= 1;
         }
     }
+
+    /// Puts `count` neighbours of `size` bytes, of which there is room for.
+    fn put_run(&mut self, first: *mut u8, size: usize, count: usize) {
+        let (mut block, rest) = (first, self.left - count);
+        for slot in self.slots[rest..self.left].iter().rev() {
+            slot.store(block, Ordering::Relaxed);
+            block = block.wrapping_add(size);
+        }
+        self.left = rest;
+    }
 }
 
 impl ThreadHeap {
@@ -38,6 +48,7 @@ impl ThreadHeap {
         self.sweep();
         let bin = &self.bins[class];
         let most = (self.capacity(class) / 2) as u32;
+        bin.flushed.set(false);
         let guard = self.guard();
         let least = if guard.is_none() { 4 } else { GROUP };
         let want = (bin.taken.get() / 4).clamp(most.min(least), most);
@@ -187,9 +198,7 @@ impl ThreadHeap {
                 guard.on_carve(span.block(index), span.size.get() as usize, span.zeroed.get())
             });
         }
-        for index in carved..carved + count {
-            filling.put(span.block(index));
-        }
+        filling.put_run(span.block(carved), span.size.get() as usize, count);
         if count > 0 {
             span.carved.set((carved + count) as u32);
             span.rearm();
@@ -209,7 +218,9 @@ impl ThreadHeap {
         let segment = self.segment_of_span(span);
         let first = span.first.get() as usize;
         let start = segment.base() as usize + if first == 0 { HEADER } else { first * SLICE };
-        let end = (span.block(carved) as usize).next_multiple_of(os::page_size());
+        let page = os::page_size();
+        // A page is a power of two; a division would take longer than all the rest.
+        let end = (span.block(carved) as usize + page - 1) & !(page - 1);
         let most = span.slices.get() as usize * SLICE;
         let committed = (end - start).min(most);
         let more = committed - (span.committed.get() as usize).min(committed);

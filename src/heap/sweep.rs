@@ -5,26 +5,35 @@
 //! classes, in turn: what has not moved since the last look goes back. A stack that is in use and happens to be as full
 //! as at the last look is taken for one that is not, at the price of one more slow operation.
 
-use super::class;
+use super::class::COUNT;
 use super::thread::ThreadHeap;
 
 /// Classes that each slow operation looks at.
 const SWEPT: usize = 4;
 
 impl ThreadHeap {
+    #[inline]
     pub(super) fn sweep(&self) {
+        let mut class = self.swept.get();
         for _ in 0..SWEPT {
-            let class = self.swept.get();
-            self.swept.set((class + 1) % class::COUNT);
-            let bin = &self.bins[class];
-            let cached = bin.seen.get();
-            if cached > 0 && cached as usize == self.cached_count(class) {
-                self.flush_oldest(class, usize::MAX);
+            let count = self.cached_count(class) as u16;
+            if self.bins[class].seen.replace(count) == count {
+                self.sweep_unmoved(class, count > 0);
             }
-            if cached == 0 && self.cached_count(class) == 0 {
-                self.retire_current(class);
+            class += 1;
+            if class == COUNT {
+                class = 0;
             }
-            bin.seen.set(self.cached_count(class) as u16);
+        }
+        self.swept.set(class);
+    }
+
+    fn sweep_unmoved(&self, class: usize, any: bool) {
+        if any {
+            self.flush_oldest(class, usize::MAX);
+            self.bins[class].seen.set(0);
+        } else {
+            self.retire_current(class);
         }
     }
 

@@ -141,6 +141,8 @@ pub(crate) struct Bin {
     pub(super) taken: Cell<u32>,
     /// Blocks in the cache when the class was last looked at: see `sweep`.
     pub(super) seen: Cell<u16>,
+    /// Whether the cache was last found full, and not empty since.
+    pub(super) flushed: Cell<bool>,
 }
 
 /// What a heap counts on its slow paths. Written by its thread only.

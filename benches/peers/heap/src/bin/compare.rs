@@ -28,10 +28,11 @@ fn main() {
     for workload in &chosen {
         let first = rows.len();
         rows.extend(workload.rows);
-        // Interleaved, so that a slow minute of the machine falls on all programs alike.
-        for _ in 0..rounds.unwrap_or(5) {
-            for (program, name) in PROGRAMS.iter().enumerate() {
-                for (row, figure) in run(&folder, name, workload).into_iter().enumerate() {
+        // Interleaved, so that a slow minute of the machine falls on all programs alike, and in another order each
+        // round: memory that was scattered by one program is put together again in the time of the next.
+        for round in 0..rounds.unwrap_or(5) {
+            for program in order(round) {
+                for (row, figure) in run(&folder, PROGRAMS[program], workload).into_iter().enumerate() {
                     samples.entry((first + row, program)).or_default().push(figure);
                 }
             }
@@ -43,6 +44,16 @@ fn main() {
         .collect();
     print_table(&rows, &medians);
     std::fs::write("heap-peers.svg", picture(&rows, &medians)).expect("the current folder is writable");
+}
+
+/// All programs, in another order each round, so that none always comes after the same one.
+fn order(round: usize) -> impl Iterator<Item = usize> {
+    // The multiples of a number come in another order for each number, where they are taken modulo a prime.
+    const PRIME: usize = 11;
+    const _: () = assert!(PROGRAMS.len() < PRIME);
+    (1..PRIME)
+        .map(move |place| place * (round % (PRIME - 1) + 1) % PRIME - 1)
+        .filter(|&at| at < PROGRAMS.len())
 }
 
 /// The figures of one run; none where the program was built without its allocator or failed.
