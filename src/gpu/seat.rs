@@ -180,92 +180,86 @@ impl Lease {
 impl Drop for Lease {
     #[inline]
     fn drop(&mut self) {
-        // SAFETY: the lease is gone after this.
-        let seat = unsafe { ManuallyDrop::take(&mut self.seat) };
-        match self.ticket {
-            Some(ticket) => give(seat, ticket, self.start, self.bytes),
-            None => let_go(seat),
+        // Apart, so that the common way saves no registers for what it rarely comes to.
+        if !self.goes_to_cache() {
+            self.drop_slow();
         }
     }
 }
 
-/// Apart, so that the common way saves no registers for what may come of it.
-#[cold]
-#[inline(never)]
-fn let_go(seat: Arc<Seat>) {
-    drop(seat);
-}
-
-/// Frees a block on its own stream.
-#[inline]
-fn give(seat: Arc<Seat>, ticket: Ticket, start: usize, bytes: usize) {
-    let seat = Arc::into_raw(seat);
-    // SAFETY: counted until `lay_down` or the end of `give_slow`.
-    let this = unsafe { &*seat };
-    if this.is_plain()
-        && let Some(cache) = this.cache()
-        // Most blocks that come here by way of the books have no record, and need no turn to see that.
-        && let Some(found) = this.inner().front.find(start)
-        && let Some(mut bins) = cache.bins.try_lock()
-        && this.inner().front.put(cache, &mut bins, found, false)
-    {
-        // SAFETY: `seat` came from `into_raw`, is of this cache, and nothing is touched after.
-        unsafe { lay_down(bins, seat) };
-        return;
-    }
-    // SAFETY: `seat` came from `into_raw` and is used no more.
-    unsafe { give_slow(seat, ticket, start, bytes) };
-}
-
-/// # Safety
-/// `seat` came from `Arc::into_raw`, which this takes back.
-#[inline(never)]
-unsafe fn give_slow(seat: *const Seat, ticket: Ticket, start: usize, bytes: usize) {
-    // SAFETY: counted until `lay_down` or the end.
-    let this = unsafe { &*seat };
-    let inner = this.inner();
-    if inner.is_watched() {
-        inner.give(ticket, start, bytes, this.stream());
-    } else {
-        // Of a stream that others may capture the driver is asked once.
-        let session = Inner::session(this.stream());
-        if !this.is_plain()
-            && matches!(session, Ok(None))
-            && let Some(cache) = this.cache().or_else(|| this.find_cache())
-            && let Some(found) = inner.front.find(start)
+impl Lease {
+    /// Frees the block into the cache of its stream, with the seat, if that takes no more than a look. Then the lease
+    /// has neither.
+    #[inline(always)]
+    fn goes_to_cache(&mut self) -> bool {
+        // SAFETY: counted until `lay_down`.
+        let seat = unsafe { &*Arc::as_ptr(&self.seat) };
+        if self.ticket.is_some()
+            && seat.is_plain()
+            && let Some(cache) = seat.cache()
+            // Most blocks that come here by way of the books have no record, and need no turn to see that.
+            && let Some(found) = seat.inner().front.find(self.start)
             && let Some(mut bins) = cache.bins.try_lock()
-            && inner.front.put(cache, &mut bins, found, false)
+            && seat.inner().front.put(cache, &mut bins, found, false)
         {
-            // SAFETY: `seat` came from `into_raw`, is of this cache, and nothing is touched after.
-            unsafe { lay_down(bins, seat) };
-            return;
+            // SAFETY: the seat is of this cache, and nothing is touched after; nobody takes it out of the lease again.
+            unsafe { lay_down(bins, ManuallyDrop::take(&mut self.seat)) };
+            return true;
         }
-        inner.give_to_books(ticket, this.stream(), session);
+        false
     }
-    if let Some(cache) = this.cache().or_else(|| this.find_cache())
-        && let Some(bins) = cache.bins.try_lock()
-    {
-        // SAFETY: `seat` came from `into_raw`, is of this cache, and nothing is touched after.
-        unsafe { lay_down(bins, seat) };
-        return;
+
+    /// Frees the block, if there is one, and lets go of the seat.
+    #[inline(never)]
+    fn drop_slow(&mut self) {
+        // SAFETY: the lease is dropped, and its seat was not taken.
+        let seat = unsafe { ManuallyDrop::take(&mut self.seat) };
+        let Some(ticket) = self.ticket else { return };
+        // SAFETY: counted until `lay_down` or the end.
+        let this = unsafe { &*Arc::as_ptr(&seat) };
+        let inner = this.inner();
+        if inner.is_watched() {
+            inner.give(ticket, self.start, self.bytes, this.stream());
+        } else {
+            // Of a stream that others may capture the driver is asked once.
+            let session = Inner::session(this.stream());
+            if !this.is_plain()
+                && matches!(session, Ok(None))
+                && let Some(cache) = this.cache().or_else(|| this.find_cache())
+                && let Some(found) = inner.front.find(self.start)
+                && let Some(mut bins) = cache.bins.try_lock()
+                && inner.front.put(cache, &mut bins, found, false)
+            {
+                // SAFETY: the seat is of this cache, and nothing is touched after.
+                return unsafe { lay_down(bins, seat) };
+            }
+            inner.give_to_books(ticket, this.stream(), session);
+        }
+        if let Some(cache) = this.cache().or_else(|| this.find_cache())
+            && let Some(bins) = cache.bins.try_lock()
+        {
+            // SAFETY: as above.
+            unsafe { lay_down(bins, seat) };
+        }
     }
-    // SAFETY: from `into_raw`, once.
-    drop(unsafe { Arc::from_raw(seat) });
 }
 
 /// Keeps a seat for the next buffer, if the cache is open and has room; else lets go of it, without the turn, for it
 /// may be the last.
 ///
 /// # Safety
-/// `seat` came from `Arc::into_raw`, which this takes back, and is of the cache behind `bins` (invariant 2). The caller
-/// touches neither after (invariant 3).
-#[inline]
-unsafe fn lay_down(mut bins: TurnGuard<'_, Bins>, seat: *const Seat) {
-    // SAFETY: from `into_raw`, once.
-    let seat = unsafe { Arc::from_raw(seat) };
+/// `seat` is of the cache behind `bins` (invariant 2). The caller touches neither it nor the cache after (invariant 3).
+#[inline(always)]
+unsafe fn lay_down(mut bins: TurnGuard<'_, Bins>, seat: Arc<Seat>) {
     let rest = bins.keep_seat(seat);
     drop(bins);
     if let Some(rest) = rest {
         let_go(rest);
     }
+}
+
+#[cold]
+#[inline(never)]
+fn let_go(seat: Arc<Seat>) {
+    drop(seat);
 }

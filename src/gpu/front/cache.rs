@@ -114,7 +114,7 @@ impl Bins {
     }
 
     /// The youngest block of this size that `fits`; it is taken out.
-    #[inline]
+    #[inline(always)]
     pub(super) fn pop(&mut self, granules: u32, fits: impl Fn(u32) -> bool) -> Option<Entry> {
         let at = bin_of(granules);
         let bin = &self.bins[at];
