@@ -60,8 +60,14 @@ fn strategy_chooses_the_place_and_min_block_size_the_rest() -> Result<()> {
     let config = PoolConfig::default_gpu;
     assert_eq!(placed(config().strategy(Strategy::FirstFit), 16 << 10)?, (Some(0), Some(16 << 10)));
     assert_eq!(placed(config().strategy(Strategy::BestFit), 16 << 10)?, (Some(2), Some(16 << 10)));
-    assert_eq!(placed(config().min_block_size(512), 15 << 10)?, (Some(2), Some(15 << 10)));
-    assert_eq!(placed(config().min_block_size(4096), 15 << 10)?, (Some(2), Some(16 << 10)));
+    assert_eq!(
+        placed(config().strategy(Strategy::BestFit).min_block_size(512), 15 << 10)?,
+        (Some(2), Some(15 << 10))
+    );
+    assert_eq!(
+        placed(config().strategy(Strategy::BestFit).min_block_size(4096), 15 << 10)?,
+        (Some(2), Some(16 << 10))
+    );
     Ok(())
 }
 

@@ -39,6 +39,8 @@ struct Lane {
     open: u32,
     sealed: VecDeque<(u32, RawEvent)>,
     done: u32,
+    /// `done` when its ranges were last made clean.
+    cleaned: u32,
     waited: Vec<(u16, u32)>,
 }
 
@@ -233,6 +235,13 @@ impl Order {
         }
     }
 
+    /// Whether ranges of the lane may have become free for everybody since this was last asked: more of it is done, or
+    /// what is freed on it is done at once.
+    pub(super) fn more_done(&mut self, lane: u16) -> bool {
+        let state = &mut self.lanes[lane as usize];
+        std::mem::replace(&mut state.cleaned, state.done) != state.done || state.open <= state.done
+    }
+
     fn waited(&self, by: u16, of: u16) -> u32 {
         let waited = &self.lanes[by as usize].waited;
         waited.iter().find(|&&(lane, _)| lane == of).map_or(0, |&(_, batch)| batch)
@@ -320,7 +329,7 @@ impl Order {
     /// Starts the batch numbers of a lane anew; no range bears one of them any more.
     pub(super) fn renumber(&mut self, lane: u16) {
         let state = &mut self.lanes[lane as usize];
-        (state.open, state.done) = (1, 0);
+        (state.open, state.done, state.cleaned) = (1, 0, 0);
         for other in &mut self.lanes {
             other.waited.retain(|&(of, _)| of != lane);
         }

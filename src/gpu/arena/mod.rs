@@ -72,6 +72,7 @@ impl Core {
     /// Claims a place for `ask` and the pieces that fill it, so that the pool holds `max_size` bytes at most.
     pub(super) fn plan(&mut self, zone: usize, ask: Ask, max_size: usize) -> Result<Plan> {
         let full = Error::oom(ask.bytes, OomReason::Limit(max_size));
+        self.join_all_loose();
         let Some(pieces) = &self.pieces else { return Err(full) };
         let granules = self.zones[zone].granules(ask.bytes).ok_or(full)?;
         let order = &self.order;
@@ -102,6 +103,7 @@ impl Core {
     ) -> Option<Plan> {
         let (zone, node) = (ticket.zone(), ticket.node());
         self.pieces.as_ref()?;
+        self.join_all_loose();
         let granules = self.zones[zone].granules(bytes)?;
         let (start, len) = (self.zones[zone].start(node), self.zones[zone].len(node));
         let order = &self.order;
@@ -312,6 +314,7 @@ impl Core {
 
     /// Takes idle pieces of at most `at_most` bytes together out of use, to be given back.
     pub(super) fn take_idle(&mut self, at_most: usize) -> Vec<(usize, Piece)> {
+        self.join_all_loose();
         let mut room = at_most;
         let mut idle = Vec::new();
         // The largest first: the fewest calls.

@@ -12,7 +12,12 @@ impl Core {
     #[inline]
     fn record(&self, ticket: Ticket) -> Option<&Record> {
         let known = self.zones[ticket.zone()].tag(ticket.node()).batch & RECORDED != 0;
-        known.then(|| self.records.find(self.start(ticket))).flatten().map(|(_, record)| record)
+        if known { self.known_record(ticket) } else { None }
+    }
+
+    #[inline(never)]
+    fn known_record(&self, ticket: Ticket) -> Option<&Record> {
+        self.records.find(self.start(ticket)).map(|(_, record)| record)
     }
 
     #[inline]
@@ -49,6 +54,7 @@ impl Core {
     }
 
     /// Whether a live block lies in a cache.
+    #[inline]
     pub(in crate::gpu) fn is_cached(&self, ticket: Ticket) -> bool {
         self.record(ticket).is_some_and(|record| record.flags() & front::CACHED != 0)
     }
@@ -63,7 +69,10 @@ impl Core {
             }
             None => (0..=LARGE).find_map(|zone| Some(Ticket::new(zone, self.zones[zone].find(start)?))),
         };
-        found.filter(|&ticket| !self.is_cached(ticket)).ok_or_else(|| self.fault(start))
+        match found {
+            Some(ticket) if !self.is_cached(ticket) => Ok(ticket),
+            _ => Err(self.fault(start)),
+        }
     }
 
     /// Why no block is found at an address.

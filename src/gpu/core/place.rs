@@ -23,8 +23,18 @@ impl Core {
     #[inline]
     pub(in crate::gpu) fn place(&mut self, ask: Ask) -> Option<Placed> {
         let zone = self.zone_of(ask.bytes);
-        let node = self.cut_own(zone, ask)?;
+        let node = match self.cut_own(zone, ask) {
+            Some(node) => node,
+            None => self.cut_joined(zone, ask)?,
+        };
         Some(self.hand_out(zone, node, ask))
+    }
+
+    /// Step 1 after what was left as it was freed is joined.
+    #[cold]
+    fn cut_joined(&mut self, zone: usize, ask: Ask) -> Option<u32> {
+        let joined = self.join_loose(zone, CLEAN) | self.join_loose(zone, ask.lane);
+        joined.then(|| self.cut_own(zone, ask)).flatten()
     }
 
     /// Steps 2 to 5; a small zone then takes another segment from the large one.
@@ -32,6 +42,9 @@ impl Core {
     pub(in crate::gpu) fn place_slow(&mut self, driver: &dyn Driver, ask: Ask) -> Option<Placed> {
         self.renumber(driver);
         let zone = self.zone_of(ask.bytes);
+        if self.zones[zone].has_loose() {
+            self.join_all_loose();
+        }
         let node = self.cut_slow(driver, zone, ask).or_else(|| {
             if zone == LARGE || self.pieces.is_some() {
                 // What the small zones have no use for joins the large ranges again.
@@ -79,6 +92,7 @@ impl Core {
     /// Takes idle segments of the small zones back into the large one; returns whether there were any.
     pub(in crate::gpu) fn unnest(&mut self) -> bool {
         let mut any = false;
+        self.join_all_loose();
         if self.pieces.is_some() {
             // There the small zone has addresses of its own.
             return any;

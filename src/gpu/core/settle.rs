@@ -33,7 +33,7 @@ impl Core {
     pub(in crate::gpu) fn clean_done(&mut self) -> bool {
         let mut moved = 0;
         for lane in MIXED..self.order.lanes() {
-            if lane == HOLE || self.order.is_capture(lane) {
+            if lane == HOLE || self.order.is_capture(lane) || lane != MIXED && !self.order.more_done(lane) {
                 continue;
             }
             let lists = if lane == MIXED { self.order.mixed_done() } else { Vec::new() };

@@ -71,8 +71,11 @@ pub(in crate::gpu) struct Bins {
     spare: usize,
     /// Where to look next for something to give up.
     hand: usize,
-    /// Which bins hold blocks.
+    /// Which bins hold blocks, and which may hold large ones.
     filled: u64,
+    large: u64,
+    /// Granules from which on a block is large.
+    large_from: u32,
     bins: [Bin; BINS],
 }
 
@@ -128,6 +131,7 @@ impl Bins {
         let entry = self.bins[at].remove(place);
         if self.bins[at].count == 0 {
             self.filled &= !(1 << at);
+            self.large &= !(1 << at);
         }
         entry
     }
@@ -142,6 +146,7 @@ impl Bins {
             bin.entries[bin.count] = entry;
             bin.count += 1;
             self.filled |= 1 << at;
+            self.large |= u64::from(entry.granules >= self.large_from) << at;
         }
         room
     }
@@ -162,12 +167,12 @@ impl Bins {
         })
     }
 
-    /// Takes out the blocks that `wanted` accepts.
-    pub(super) fn extract(&mut self, wanted: impl Fn(u32) -> bool, out: &mut dyn FnMut(Entry)) {
-        for at in bits(self.filled) {
+    /// Takes out the large blocks.
+    pub(super) fn extract_large(&mut self, out: &mut dyn FnMut(Entry)) {
+        for at in bits(std::mem::take(&mut self.large)) {
             let mut place = 0;
             while place < self.bins[at].count {
-                if wanted(self.bins[at].entries[place].record) {
+                if self.bins[at].entries[place].granules >= self.large_from {
                     out(self.remove(at, place));
                 } else {
                     place += 1;
@@ -198,7 +203,8 @@ pub(in crate::gpu) struct Cache {
 }
 
 impl Cache {
-    pub(super) fn new() -> Self {
+    /// A cache for blocks of which those from `large_from` granules on are large.
+    pub(super) fn new(large_from: u32) -> Self {
         let bins = Bins {
             open: false,
             lane: CLEAN,
@@ -207,6 +213,8 @@ impl Cache {
             spare: 0,
             hand: 0,
             filled: 0,
+            large: 0,
+            large_from,
             bins: [Bin::default(); BINS],
         };
         Self {

@@ -5,8 +5,8 @@
 //!   take ─► cache of the stream ─► block of that very size              no books, no driver
 //!              │ nothing there
 //!              ▼
-//!           what this cache holds of such sizes goes back ─► books, under the pool's lock ─► what all caches hold
-//!           goes back ─► books ─► driver
+//!           the large blocks of this cache go back, for a large request ─► books, under the pool's lock ─► what all
+//!           caches hold goes back ─► books ─► driver
 //!
 //!   give ─► record of the address ─► cache of the stream                no books, no driver
 //!              │ none yet, or no room
@@ -39,7 +39,7 @@ use core::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
 use super::capture::Session;
-use super::core::{Core, Placed, Ticket};
+use super::core::{Core, Placed, Ticket, loose_below};
 use super::driver::Driver;
 use super::seat::Seat;
 use super::stream::Stream;
@@ -102,12 +102,12 @@ impl Row {
         self.cells.get(at)?.get().map(|cache| &**cache)
     }
 
-    fn get_or_make(&self, at: usize) -> Option<&Cache> {
+    fn get_or_make(&self, at: usize, large_from: u32) -> Option<&Cache> {
         let cell = self.cells.get(at)?;
         if let Some(cache) = cell.get() {
             return Some(cache);
         }
-        let cache = cell.get_or_init(|| Box::new(Cache::new()));
+        let cache = cell.get_or_init(|| Box::new(Cache::new(large_from)));
         self.made.fetch_or(1 << at, Relaxed);
         Some(cache)
     }
@@ -148,6 +148,8 @@ pub(super) struct Front {
     shift: u32,
     /// Largest block to be cached; 0 where nothing is.
     most: usize,
+    /// Bytes from which on a block is large.
+    large_from: usize,
     /// Most bytes in a cache.
     cap: AtomicUsize,
     rows: [OnceLock<Row>; ROW],
@@ -167,6 +169,7 @@ impl Front {
         let by_size = matches!(strategy, Strategy::Segregated | Strategy::BestFit);
         Self {
             shift,
+            large_from: loose_below(strategy),
             most: if by_size { MOST_BYTES } else { 0 },
             cap: AtomicUsize::new(LEAST_CAP),
             rows: [const { OnceLock::new() }; ROW],
@@ -202,17 +205,18 @@ impl Front {
     }
 
     fn cache_or_new(&self, whose: Whose) -> Option<&Cache> {
+        let large_from = (self.large_from >> self.shift) as u32;
         match whose {
-            Whose::Cpu => self.cpu.get_or_make(way()),
+            Whose::Cpu => self.cpu.get_or_make(way(), large_from),
             Whose::Stream(slot) => {
                 let slot = self.slot(slot);
                 let cell = self.rows.get(slot / ROW)?;
                 if let Some(row) = cell.get() {
-                    return row.get_or_make(slot % ROW);
+                    return row.get_or_make(slot % ROW, large_from);
                 }
                 let row = cell.get_or_init(Row::new);
                 self.made.fetch_or(1 << (slot / ROW), Relaxed);
-                row.get_or_make(slot % ROW)
+                row.get_or_make(slot % ROW, large_from)
             }
         }
     }
@@ -357,15 +361,14 @@ impl Front {
         any
     }
 
-    /// What one cache holds of a zone goes back to the books.
-    pub(super) fn take_back(&self, core: &mut Core, driver: &dyn Driver, cache: &Cache, zone: usize) {
-        if cache.blocks() == 0 {
+    /// For a large request, the large blocks that one cache holds go back to the books.
+    pub(super) fn take_large_back(&self, core: &mut Core, driver: &dyn Driver, cache: &Cache, bytes: usize) {
+        if bytes < self.large_from || cache.blocks() == 0 {
             return;
         }
-        let of_zone = |number| self.records.get(number).is_some_and(|record| record.ticket().zone() == zone);
         let mut bins = cache.bins.lock();
         let lane = bins.lane;
-        bins.extract(of_zone, &mut |entry| {
+        bins.extract_large(&mut |entry| {
             cache.given_up(entry.granules);
             self.put_back(core, driver, cache, lane, entry);
         });

@@ -140,10 +140,10 @@ impl Inner {
         self.open()?;
         let lane = self.lane(&mut core, stream, session.as_ref())?;
         let ask = Ask { bytes, align, lane };
-        // What this stream freed joins its neighbours, or the best fit would not be seen.
+        // What this stream freed joins its neighbours, or the best fit would not be seen; small blocks do when nothing
+        // fits, in the books as well.
         if let Some(cache) = cache {
-            let zone = core.zone_of(bytes);
-            self.front.take_back(&mut core, driver, cache, zone);
+            self.front.take_large_back(&mut core, driver, cache, bytes);
         }
         let mut placed = match core.place(ask).or_else(|| self.search(&mut core, ask)) {
             Some(placed) => placed,
@@ -189,6 +189,7 @@ impl Inner {
         }
     }
 
+    #[inline]
     pub(super) fn lane(
         self: &Arc<Self>,
         core: &mut Core,

@@ -28,11 +28,24 @@ pub(super) struct Bins {
     /// Which heads are no `NIL`, and which of these words are not 0.
     filled: [u64; WORDS],
     any: u32,
+    /// So many ranges at most may have neighbours that they could be joined with.
+    pub(super) loose: u32,
+    /// How many ranges were taken whole since those were last joined.
+    pub(super) taken_whole: u32,
+    /// So many more are joined at once when they are freed.
+    pub(super) at_once: u32,
 }
 
 impl Bins {
     fn new() -> Self {
-        Self { heads: Box::new([NIL; CLASSES]), filled: [0; WORDS], any: 0 }
+        Self {
+            heads: Box::new([NIL; CLASSES]),
+            filled: [0; WORDS],
+            any: 0,
+            loose: 0,
+            taken_whole: 0,
+            at_once: 0,
+        }
     }
 
     /// The first filled class from `from` on.
@@ -149,6 +162,11 @@ impl Ranges {
     /// Calls `visit` with place and size of every free range of a lane.
     pub(in crate::gpu) fn free_in_lane(&self, lane: u16, visit: &mut dyn FnMut(usize, usize)) {
         self.in_lane(lane).into_iter().for_each(|(node, _)| visit(self.start(node), self.len(node)));
+    }
+
+    /// Whether any lane has loose ranges.
+    pub(in crate::gpu) fn has_loose(&self) -> bool {
+        self.bins.iter().any(|bins| bins.loose != 0)
     }
 
     /// Whether the lane has free ranges here.

@@ -53,10 +53,12 @@ impl Ranges {
     #[inline]
     fn carve_front(&mut self, index: u32, granules: u32, lane: u16) -> Option<u32> {
         let node = &self.nodes[index as usize];
-        let (rest, before) = (node.granules() - granules, node.prev());
+        let (rest, before, was) = (node.granules() - granules, node.prev(), node.tag().lane);
         let live = node.live_here(granules, lane);
         if rest == 0 {
             self.unlink(index);
+            let taken = &mut self.bins[was as usize].taken_whole;
+            *taken = taken.wrapping_add(1);
             let node = &mut self.nodes[index as usize];
             node.set(granules, LIVE);
             node.set_tag(Tag { lane, batch: 0 });

@@ -37,13 +37,16 @@ impl Ranges {
         granules: u32,
         align: usize,
     ) -> Option<u32> {
-        if !matches!(self.strategy, Strategy::Segregated | Strategy::BestFit) {
-            return self.choose_slow(lane, own_first, Need { granules, align });
-        }
-        let own = if lane >= FIRST { self.best(lane, granules, align) } else { None };
+        let need = Need { granules, align };
+        let look = match self.strategy {
+            Strategy::Segregated => LOOK,
+            Strategy::BestFit => usize::MAX,
+            _ => return self.choose_slow(lane, own_first, need),
+        };
+        let own = if lane >= FIRST { self.tightest(lane, need, look) } else { None };
         match own {
             Some((node, size)) if size == granules || own_first => Some(node),
-            _ => match (own, self.best(CLEAN, granules, align)) {
+            _ => match (own, self.tightest(CLEAN, need, look)) {
                 (Some((own, size)), Some((_, other))) if size <= other => Some(own),
                 (_, Some((clean, _))) => Some(clean),
                 (own, None) => own.map(|(node, _)| node),
@@ -69,16 +72,16 @@ impl Ranges {
     pub(in crate::gpu) fn best(&self, lane: u16, granules: u32, align: usize) -> Option<(u32, u32)> {
         let need = Need { granules, align };
         let node = match &self.strategy {
-            Strategy::BestFit => self.tightest(lane, need, usize::MAX),
+            Strategy::BestFit => return self.tightest(lane, need, usize::MAX),
             Strategy::FirstFit => self.lowest(&[lane], need),
             Strategy::Custom(policy) => self.by_policy(&**policy, &[lane], need),
-            _ => self.tightest(lane, need, LOOK),
+            _ => return self.tightest(lane, need, LOOK),
         }?;
         Some((node, self.nodes[node as usize].granules()))
     }
 
-    /// The smallest that fits, the lowest among equals, looking at no more than `look` ranges of a bin.
-    fn tightest(&self, lane: u16, need: Need, look: usize) -> Option<u32> {
+    /// The smallest that fits and its size, the lowest among equals, looking at no more than `look` ranges of a bin.
+    fn tightest(&self, lane: u16, need: Need, look: usize) -> Option<(u32, u32)> {
         let bins = self.bins.get(lane as usize)?;
         let anywhere = need.align <= 1 << self.shift;
         let mut class = class_of(need.granules);
@@ -102,8 +105,8 @@ impl Ranges {
                 }
                 at = node.link_next();
             }
-            if let Some((_, at)) = best {
-                return Some(at);
+            if let Some((size, at)) = best {
+                return Some((at, size));
             }
             class = filled + 1;
         }

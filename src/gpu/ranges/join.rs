@@ -6,6 +6,12 @@ use super::bins::class_of;
 use super::node::{FREE, NIL, Node};
 use super::{HOLE, MIXED, PUBLISHED, Ranges, Tag};
 
+/// A lane has no more loose ranges than this, so that joining them takes no more than some hundred microseconds.
+const MOST_LOOSE: u32 = if cfg!(test) { 20 } else { 8192 };
+/// Where more ranges had to be joined than were taken whole, this many times as many are joined at once before it is
+/// tried anew.
+const AT_ONCE: u32 = if cfg!(test) { 1 } else { 16 };
+
 impl Ranges {
     /// Frees a live block for `tag`.
     pub(in crate::gpu) fn free(&mut self, index: u32, tag: Tag) {
@@ -16,6 +22,14 @@ impl Ranges {
     #[inline]
     pub(in crate::gpu) fn free_joining(&mut self, index: u32, tag: Tag, also: impl Fn(Tag) -> bool) {
         debug_assert!(self.is_live(index));
+        self.make_free(index, tag);
+        let merged = self.join(index, also);
+        self.note_idle(merged);
+    }
+
+    /// Makes a live node a free one that is in no bin yet.
+    #[inline]
+    fn make_free(&mut self, index: u32, tag: Tag) {
         if self.tag(index).batch & PUBLISHED != 0 {
             self.unpublish(index);
         }
@@ -23,20 +37,102 @@ impl Ranges {
         let node = &mut self.nodes[index as usize];
         node.set(node.granules(), FREE);
         node.set_tag(tag);
-        let merged = self.join(index, also);
-        self.note_idle(merged);
+    }
+
+    /// Frees a live block for `tag`, which is no list, and leaves its neighbours as they are, so that the next request of
+    /// its size finds it whole; where hardly any request does, [`free_joining`](Self::free_joining). Returns whether the
+    /// lane has so many loose ranges now that they should be joined.
+    #[inline]
+    pub(in crate::gpu) fn free_loose(&mut self, index: u32, tag: Tag, also: impl Fn(Tag) -> bool) -> bool {
+        debug_assert!(self.is_live(index) && tag.lane != MIXED);
+        let bins = &mut self.bins[tag.lane as usize];
+        if bins.at_once != 0 {
+            bins.at_once -= 1;
+            self.free_joining(index, tag, also);
+            return false;
+        }
+        bins.loose += 1;
+        let many = bins.loose > MOST_LOOSE;
+        self.make_free(index, tag);
+        self.link(index);
+        many
+    }
+
+    /// Joins what was freed loose on a lane with neighbours of that lane, and with those that `also` accepts; returns
+    /// whether there was anything.
+    #[cold]
+    pub(in crate::gpu) fn join_loose(&mut self, lane: u16, also: impl Fn(Tag) -> bool) -> bool {
+        let Some(bins) = self.bins.get_mut(lane as usize) else { return false };
+        let loose = std::mem::take(&mut bins.loose);
+        if loose == 0 {
+            return false;
+        }
+        if std::mem::take(&mut bins.taken_whole) < loose {
+            bins.at_once = loose.saturating_mul(AT_ONCE);
+        }
+        for (index, place) in self.in_lane(lane) {
+            // An earlier step may have joined it.
+            let node = &self.nodes[index as usize];
+            if node.state() == FREE && node.at() == place && node.tag().lane == lane {
+                self.unlink(index);
+                let whole = self.join(index, &also);
+                self.note_idle(whole);
+            }
+        }
+        true
     }
 
     /// Joins a free node that is in no bin with its free neighbours of the same lane, and with those whose tag
     /// `also` accepts, and puts the whole into its bin; returns the node that stands for it.
     #[inline]
     pub(super) fn join(&mut self, index: u32, also: impl Fn(Tag) -> bool) -> u32 {
-        let node = &self.nodes[index as usize];
+        let node = self.nodes[index as usize];
         let mine = node.tag();
         let joins = |other: &Node| {
             let theirs = other.tag();
             other.state() == FREE && (mine.lane == theirs.lane && mine.lane != MIXED || also(theirs))
         };
+        let in_front = node.prev() != NIL && joins(&self.nodes[node.prev() as usize]);
+        let behind = node.next() != NIL && joins(&self.nodes[node.next() as usize]);
+        if !in_front && !behind {
+            self.link(index);
+            return index;
+        }
+        if in_front != behind {
+            let other = if in_front { node.prev() } else { node.next() };
+            let theirs = &self.nodes[other as usize];
+            let beyond = if in_front { theirs.prev() } else { theirs.next() };
+            if theirs.tag().lane == mine.lane && (beyond == NIL || !joins(&self.nodes[beyond as usize])) {
+                self.join_one(index, other);
+                return other;
+            }
+        }
+        self.join_many(index, joins)
+    }
+
+    /// Joins a free node that is in no bin with one neighbour of its lane.
+    #[inline]
+    fn join_one(&mut self, index: u32, other: u32) {
+        let (node, theirs) = (self.nodes[index as usize], self.nodes[other as usize]);
+        self.resize(other, theirs.granules() + node.granules());
+        let whole = &mut self.nodes[other as usize];
+        whole.set_tag(Tag { lane: node.tag().lane, batch: node.tag().batch.max(theirs.tag().batch) });
+        if node.prev() == other {
+            self.join_chain(other, node.next());
+        } else {
+            whole.begin_as(&node);
+            self.join_chain(node.prev(), other);
+            if node.prev() == NIL {
+                self.begin_with(node.at(), other);
+            }
+        }
+        self.drop_node(index);
+    }
+
+    /// Joins a free node that is in no bin with all neighbours that `joins` accepts.
+    fn join_many(&mut self, index: u32, joins: impl Fn(&Node) -> bool) -> u32 {
+        let node = &self.nodes[index as usize];
+        let mine = node.tag();
         let (mut first, mut last, mut largest) = (index, index, NIL);
         let (mut granules, mut batch) = (node.granules(), mine.batch);
         let (mut before, mut after) = (node.prev(), node.next());
@@ -59,10 +155,6 @@ impl Ranges {
             let other = &self.nodes[after as usize];
             take(after, other);
             (last, after) = (after, other.next());
-        }
-        if first == last {
-            self.link(index);
-            return index;
         }
         // A large neighbour mostly stays in its bin.
         let stays = largest != NIL && class_of(most) == class_of(granules);
