@@ -231,3 +231,25 @@ fn blocks_are_freed_and_resized_without_their_size() {
     }
     assert!(POOL.alloc_unsized(usize::MAX, 16).is_null() && POOL.alloc_unsized(1, 24).is_null());
 }
+
+#[test]
+fn a_block_that_grows_by_small_steps_is_seldom_copied() {
+    let mut size = 1000;
+    let mut block = POOL.alloc_unsized(size, 16);
+    let mut moves = 0;
+    while size < 1 << 20 {
+        // SAFETY: the test's own block, of that many bytes and more.
+        let grown = unsafe {
+            block.add(size - 1).write(size as u8);
+            POOL.realloc_unsized(block, size + 500)
+        };
+        // SAFETY: as above.
+        assert_eq!(unsafe { grown.add(size - 1).read() }, size as u8);
+        moves += usize::from(grown != block);
+        (block, size) = (grown, size + 500);
+    }
+    // By an eighth each time up to a page, which takes twelve, then by a quarter, which takes twenty-five.
+    assert!(moves <= 45, "{moves}");
+    // SAFETY: the test's own, freed once.
+    unsafe { POOL.free_unsized(block) };
+}

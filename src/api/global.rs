@@ -167,7 +167,10 @@ impl GlobalPool {
             {
                 return block;
             }
-            let block = self.alloc_unsized(size, ALIGN);
+            let mut block = self.alloc_unsized(size.max(least_when_grown(usable, size)), ALIGN);
+            if block.is_null() {
+                block = self.alloc_unsized(size, ALIGN);
+            }
             if !block.is_null() {
                 ptr::copy_nonoverlapping(ptr, block, usable.min(size));
                 self.free_unsized(ptr);
@@ -175,6 +178,14 @@ impl GlobalPool {
             block
         }
     }
+}
+
+/// Bytes to ask for when a block of `usable` bytes grows to `size`: a quarter more than it had at least, since who grows
+/// by small steps would have it copied at each class, and above the classes at each page. Of a small block that would
+/// be more memory than the copies are worth; of larger ones, pages that are not used are not touched.
+fn least_when_grown(usable: usize, size: usize) -> usize {
+    const SMALL: usize = 4096;
+    if size > usable.max(SMALL) { usable.saturating_add(usable / 4) } else { 0 }
 }
 
 // SAFETY: blocks are as large and aligned as asked (classes hold their sizes; larger blocks are cut by size),
