@@ -38,9 +38,7 @@ impl ThreadHeap {
         while let Some(first) = rest.first() {
             // SAFETY: a block in a cache is live (invariant 3), so its segment is there.
             let segment = unsafe { &*segment_of_small(first.load(Ordering::Relaxed)) };
-            let gone =
-                if self.claims(segment) { self.give_back(segment, rest) } else { self.post(segment, rest) };
-            rest = &rest[gone..];
+            rest = &rest[self.send_home(segment, rest)..];
         }
         // The others move down.
         for at in count..blocks.len() {

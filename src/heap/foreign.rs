@@ -6,16 +6,52 @@ use super::fault;
 use super::remote;
 use super::segment::{SLICE, SLICES, Segment};
 use super::span::NO_CLASS;
-use super::thread::{Slot, ThreadHeap, bump};
+use super::thread::{Slot, ThreadHeap, bump, lower};
 
 /// Segments whose posted blocks are looked for when a class runs out.
 const POLLED: usize = 8;
+/// Of so many frees into segments that nobody owns one adopts.
+const STRAYS: u32 = 64;
 
 impl ThreadHeap {
     /// Whether `segment` is this heap's; it is from now on if its thread has ended.
     pub(super) fn claims(&self, segment: &Segment) -> bool {
         let owner = segment.head.owner.load(Ordering::Acquire);
         self.is(owner) || (owner.is_null() && self.adopt(segment))
+    }
+
+    /// Gives the first of `blocks`, which lies in `segment`, and some of those after it to whom they belong; returns how
+    /// many.
+    pub(super) fn send_home(&self, segment: &Segment, blocks: &[Slot]) -> usize {
+        let owner = segment.head.owner.load(Ordering::Acquire);
+        if self.is(owner) {
+            return self.give_back(segment, blocks);
+        }
+        if owner.is_null() {
+            // What lies idle in the segment is for who needs it, not for who happens to free into it; but who does
+            // that all the time had better own it.
+            let strays = self.strays.get() + 1;
+            self.strays.set(strays % STRAYS);
+            if strays == STRAYS && self.adopt(segment) {
+                return self.give_back(segment, blocks);
+            }
+            if let Some(count) = self.give_to_abandoned(segment, blocks) {
+                return count;
+            }
+        }
+        self.post(segment, blocks)
+    }
+
+    fn give_to_abandoned(&self, segment: &Segment, blocks: &[Slot]) -> Option<usize> {
+        let first = blocks.first()?.load(Ordering::Relaxed);
+        // Frozen while the block is live.
+        let class = segment.class_at(first) as usize;
+        let (count, all_live) = self.hub().give_to_abandoned(segment, blocks)?;
+        if !all_live || count == 0 {
+            fault::double_free(first);
+        }
+        lower(&self.tally.out[class], count as u64);
+        Some(count)
     }
 
     /// Posts the first of `blocks`, which lies in another thread's `segment`, and those after it that share its bitmap

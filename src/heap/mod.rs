@@ -18,8 +18,8 @@
 //!
 //! Who may touch what: a thread its own heap and the cells of its segments; any thread the atomics of a
 //! segment, and the frozen cells of a span while it holds a block of it; the holder of a hub's lock what is on
-//! the hub's lists. A thread that ends leaves segments with live blocks to be adopted by whoever needs a
-//! segment or frees into them.
+//! the hub's lists. A thread that ends leaves segments with live blocks to be adopted by whoever needs a segment;
+//! blocks of theirs are freed under the hub's lock meanwhile (`foreign`).
 
 mod bind;
 mod budget;

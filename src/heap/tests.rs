@@ -283,6 +283,43 @@ fn threads_leave_their_blocks_to_others() {
     assert_eq!(heap.heap.live.get(), 0);
 }
 
+/// Whoever frees into a segment of a thread that ended does not come to own what lies idle there; where nothing is live
+/// any more it goes to whom it may concern, and what is too much of it back to the system.
+#[test]
+fn idle_memory_of_threads_that_ended_is_for_who_needs_it() {
+    const SIZE: usize = 4000;
+    const BLOCKS: usize = 4000;
+    let hub = TestHub::new(usize::MAX);
+    let blocks: Vec<usize> = std::thread::scope(|scope| {
+        let work = scope.spawn(|| {
+            let heap = hub.heap();
+            (0..BLOCKS).map(|_| heap.alloc(SIZE, 8).addr()).collect()
+        });
+        work.join().unwrap()
+    });
+    let heap = hub.heap();
+    let held = hub.0.snapshot().committed;
+    assert!(held >= BLOCKS * SIZE && heap.heap.segment_count.get() == 0);
+    // A few, from all over: none is adopted.
+    let (few, rest): (Vec<_>, Vec<_>) = blocks.into_iter().enumerate().partition(|(at, _)| at % 101 == 0);
+    few.iter().for_each(|&(_, block)| heap.free(block as *mut u8, SIZE, 8));
+    heap.heap.flush_all();
+    heap.check();
+    assert_eq!((heap.heap.segment_count.get(), heap.heap.live.get()), (0, 0));
+    rest.iter().for_each(|&(_, block)| heap.free(block as *mut u8, SIZE, 8));
+    heap.heap.flush_all();
+    heap.check();
+    let snapshot = hub.0.snapshot();
+    assert!(snapshot.committed <= held / 4, "{} of {held}", snapshot.committed);
+    assert!(hub.0.shared.lock().warm <= hub.0.settings.warm(hub.0.threads(), 0) + segment::SEGMENT);
+    // And it is found by who needs it.
+    let reserved = hub.0.counters.reserved.load(Ordering::Relaxed);
+    let again: Vec<*mut u8> = (0..BLOCKS / 2).map(|_| heap.alloc(SIZE, 8)).collect();
+    assert_eq!(hub.0.counters.reserved.load(Ordering::Relaxed), reserved);
+    again.into_iter().for_each(|block| heap.free(block, SIZE, 8));
+    heap.check();
+}
+
 /// What a heap is put through while the system refuses it memory: all kinds of sizes, growth in place, frees.
 /// Returns how many requests failed.
 fn strain(hub: &TestHub, seed: u64) -> usize {

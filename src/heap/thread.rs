@@ -211,6 +211,8 @@ pub(crate) struct ThreadHeap {
     /// The class that is looked at next: see `sweep`.
     pub(super) swept: Cell<usize>,
     pub(super) trims_seen: Cell<u32>,
+    /// Frees into segments that nobody owns: see `send_home`.
+    pub(super) strays: Cell<u32>,
     /// Set while a request must be served from what is there.
     pub(super) frugal: Cell<bool>,
     pub(crate) tally: Tally,

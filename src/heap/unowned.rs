@@ -8,7 +8,7 @@ use core::sync::atomic::Ordering;
 use super::hub::{Hub, Shared};
 use super::registry;
 use super::segment::{HEADER, SEGMENT, SLICE, Segment, run};
-use super::thread::ThreadHeap;
+use super::thread::{Slot, ThreadHeap};
 use crate::source::os;
 
 /// Segments reserved at once, so that most segments cost no call. Address space only.
@@ -239,6 +239,40 @@ impl Hub {
         let shared = &mut *self.shared.lock();
         let abandoned = segment.head.owner.load(Ordering::Acquire).is_null();
         abandoned.then(|| self.give_to(shared, heap, segment))
+    }
+
+    /// Marks those blocks at the start of `blocks` free that share a span with the first, which lies in `segment`, if that
+    /// is abandoned, as it stays: how many, and whether all were live. `None` where it has an owner.
+    pub(super) fn give_to_abandoned(&self, segment: &Segment, blocks: &[Slot]) -> Option<(usize, bool)> {
+        let first = blocks.first()?.load(Ordering::Relaxed);
+        let mut shared = self.shared.lock();
+        if !segment.head.owner.load(Ordering::Acquire).is_null() {
+            return None;
+        }
+        // Nobody owns it and the block was live, so it is abandoned, and its cells are the lock holder's (invariant 1).
+        let span = segment.span_at(first);
+        let given = span.give(blocks);
+        if span.free_count.get() < span.carved.get() {
+            return Some(given);
+        }
+        self.counters.orphaned.fetch_sub(span.held() as usize, Ordering::Relaxed);
+        self.refund(span.committed.get() as usize);
+        // A mark of the queue of its last owner.
+        span.queued.set(false);
+        let before = segment.idle_bytes();
+        segment.unmake_span(span);
+        if segment.is_empty() {
+            shared.abandoned.remove(segment);
+            shared.warm -= before;
+            drop(shared);
+            self.put_segment(segment);
+            return Some(given);
+        }
+        shared.warm += segment.idle_bytes() - before;
+        if !self.has_room(&shared, 0) {
+            shared.warm -= self.discard_idle(segment);
+        }
+        Some(given)
     }
 
     /// Makes `heap` the owner of an abandoned segment that `fits`; if there is none among the first, of the first one
