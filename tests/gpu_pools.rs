@@ -623,24 +623,34 @@ fn a_request_misses_once_however_much_it_takes_to_serve_it() {
 
 #[test]
 fn a_borrowed_stream_is_asked_once_at_each_step() {
-    let gpu = device(32);
-    let sim = gpu.simulation().unwrap();
-    let owner = gpu.new_stream().unwrap();
-    // SAFETY: `owner` outlives the handle.
-    let borrowed = unsafe { gpu.stream_from_raw(owner.as_raw()) };
-    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
-    pool.reserve(64 << 20).unwrap();
-    // Sizes that come back and sizes that do not: through a cache and past it.
-    for step in 0..200 {
-        let before = sim.count("cuStreamIsCapturing");
-        let block = pool.allocate_async(4096 + step % 7 * step * 512, &borrowed).unwrap();
-        // Once by the pool, once by what watches blocks on this device.
-        assert_eq!(sim.count("cuStreamIsCapturing"), before + 2);
-        // SAFETY: live, never used, freed once.
-        unsafe { pool.deallocate_async(block, &borrowed) };
-        assert_eq!(sim.count("cuStreamIsCapturing"), before + 3);
+    // What watches blocks on a device asks once more.
+    for (gpu, more) in [(device(32), 1), (GpuDevice::simulated(SimConfig::default().detector(false)), 0)] {
+        let sim = gpu.simulation().unwrap();
+        let asked = || sim.count("cuStreamIsCapturing");
+        let owner = gpu.new_stream().unwrap();
+        // SAFETY: `owner` outlives the handle.
+        let borrowed = unsafe { gpu.stream_from_raw(owner.as_raw()) };
+        let pool = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+        pool.reserve(64 << 20).unwrap();
+        // Sizes that come back and sizes that do not: through a cache and past it.
+        for step in 0..200 {
+            let bytes = 4096 + step % 7 * step * 512;
+            let before = asked();
+            let block = pool.allocate_async(bytes, &borrowed).unwrap();
+            assert_eq!(asked(), before + 1 + more);
+            // SAFETY: live, never used, freed once.
+            unsafe { pool.deallocate_async(block, &borrowed) };
+            assert_eq!(asked(), before + 2 + more);
+            if more == 0 {
+                let buffer = pool.alloc_uninit::<u8>(bytes, &borrowed).unwrap();
+                assert_eq!(asked(), before + 3);
+                drop(buffer);
+                assert_eq!(asked(), before + 4);
+            }
+        }
+        assert!(pool.stats().cache_hits > 0);
+        pool.check().unwrap();
     }
-    pool.check().unwrap();
 }
 
 #[test]
