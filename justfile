@@ -38,6 +38,12 @@ soak-asan SECONDS="600":
 soak-tsan SECONDS="600":
     MEMORY_POOL_SOAK_SECONDS={{SECONDS}} RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" cargo +nightly test --lib --target x86_64-unknown-linux-gnu --target-dir target/tsan heap::soak -- --nocapture
 
+# The tests of the heap under the thread sanitizer with an instrumented std, so that what passes through std counts too
+# (nightly with rust-src; some ten minutes of building, less than a gigabyte).
+tsan-heap SECONDS="60":
+    RUSTFLAGS="-Zsanitizer=thread" MEMORY_POOL_SOAK_SECONDS={{SECONDS}} cargo +nightly test -Zbuild-std --lib --target x86_64-unknown-linux-gnu --target-dir target/tsan-std heap::
+    RUSTFLAGS="-Zsanitizer=thread" cargo +nightly test -Zbuild-std --test heap_global --test heap_pool --test heap_config --target x86_64-unknown-linux-gnu --target-dir target/tsan-std -- --test-threads 1
+
 # Fuzz one target for a while: `just fuzz ranges 600`.
 fuzz TARGET SECONDS="60":
     cargo +nightly fuzz run {{TARGET}} -- -max_total_time={{SECONDS}}
