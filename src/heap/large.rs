@@ -111,8 +111,11 @@ pub(crate) fn alloc(hub: &Hub, size: usize, align: usize) -> (*mut u8, bool) {
     if len > isize::MAX as usize {
         return NONE;
     }
+    let (least, len) = (len, hub.settings.large_len(len));
     let spare = if align <= page { hub.take_spare(len) } else { None };
-    let Some(base) = spare.or_else(|| mapping(hub, len, align.max(SEGMENT))) else { return NONE };
+    let fresh = |len| mapping(hub, len, align.max(SEGMENT)).map(|base| (base, len));
+    let found = spare.or_else(|| fresh(len)).or_else(|| if least < len { fresh(least) } else { None });
+    let Some((base, len)) = found else { return NONE };
     // Before the first page is there, which would be a small one.
     advise(hub, base as usize, len);
     let block = base.wrapping_add(offset);

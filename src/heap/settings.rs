@@ -160,6 +160,13 @@ impl Settings {
         live >= self.live_before_huge.load(Ordering::Relaxed)
     }
 
+    /// The length of a mapping for `len` bytes: whole huge pages, where it asks for those and that is little more.
+    pub(super) fn large_len(&self, len: usize) -> usize {
+        let whole = len.checked_next_multiple_of(HUGE_PAGE).unwrap_or(len);
+        let wanted = self.huge_large(len) == Some(true) && self.guard_page() == 0;
+        if wanted && whole - len <= len / 16 { whole } else { len }
+    }
+
     /// Whether a mapping of `len` bytes asks for huge pages; `None` leaves that to the system.
     pub(super) fn huge_large(&self, len: usize) -> Option<bool> {
         match self.huge_large.load(Ordering::Relaxed) {
@@ -168,6 +175,9 @@ impl Settings {
         }
     }
 }
+
+/// What a huge page holds, on most systems.
+pub(super) const HUGE_PAGE: usize = 2 << 20;
 
 /// What one of `threads` may keep of `bytes`: all of it if they are few; many have no more than a few would.
 fn share(bytes: usize, threads: usize) -> usize {

@@ -1,8 +1,8 @@
 //! Mappings of large blocks that were freed, kept with their pages for the next ones.
 //!
 //! What is kept beside the live large blocks is bounded twice. It is at most half of them, as all idle memory (or a
-//! little in any case). And both together are at most what was live at the peak of late, and a sixteenth: where the
-//! need swings, the pages of its troughs serve its crests, and the process grows by no more than that sixteenth. The
+//! little in any case). And both together are at most what was live at the peak of late, and a 32nd part: where the
+//! need swings, the pages of its troughs serve its crests, and the process grows by no more than that. The
 //! oldest go first.
 //!
 //! A block takes the smallest mapping that holds it, of which the end stays for others; or else the largest one, which
@@ -13,6 +13,7 @@ use core::sync::atomic::Ordering;
 
 use super::hub::Hub;
 use super::segment::SEGMENT;
+use super::settings::HUGE_PAGE;
 use crate::source::os;
 use crate::source::relocate::Relocation;
 
@@ -50,7 +51,7 @@ impl Spares {
 
     /// Bytes that may be kept beside `live` ones, where `most` may be in any case.
     fn budget(&self, live: usize, most: usize) -> usize {
-        (self.peak + self.peak / 16).saturating_sub(live).min(most)
+        (self.peak + self.peak / 32).saturating_sub(live).min(most)
     }
 
     fn remove(&mut self, at: usize) -> Place {
@@ -144,9 +145,14 @@ impl Hub {
         self.refund(len);
     }
 
-    /// A mapping of `len` bytes with pages in it, if one is kept.
-    pub(super) fn take_spare(&self, len: usize) -> Option<*mut u8> {
+    /// A mapping of `len` bytes, or a little more, with pages in it, if one is kept; and its length.
+    pub(super) fn take_spare(&self, len: usize) -> Option<(*mut u8, usize)> {
         let (base, old) = self.spares.lock().take(len)?;
+        // Cut between huge pages, so that neither part has to be of small ones.
+        let len = match self.settings.huge_large(len) {
+            Some(true) if len < old => len.next_multiple_of(HUGE_PAGE).min(old),
+            _ => len,
+        };
         let (start, used) = (NonNull::new(base as *mut u8)?, old.min(len));
         if len > old && !self.charge(len - old) {
             self.unmap_spare((base, old));
@@ -171,7 +177,7 @@ impl Hub {
         if rest.1 > 0 && !kept {
             self.unmap_spare(rest);
         }
-        Some(block)
+        Some((block, len))
     }
 
     /// Makes the first `used` bytes of a mapping the first of one of `len` bytes, where a block may lie.
@@ -227,12 +233,12 @@ mod tests {
     }
 
     #[test]
-    fn the_budget_is_half_of_what_is_live_and_never_passes_the_peak_by_more_than_a_sixteenth() {
+    fn the_budget_is_half_of_what_is_live_and_never_passes_the_peak_by_more_than_a_32nd() {
         let mut spares = Spares::new();
         const M: usize = 1 << 20;
         spares.note(320 * M);
-        assert_eq!(spares.budget(320 * M, 160 * M), 20 * M, "at the peak");
-        assert_eq!(spares.budget(300 * M, 150 * M), 40 * M, "below it");
+        assert_eq!(spares.budget(320 * M, 160 * M), 10 * M, "at the peak");
+        assert_eq!(spares.budget(300 * M, 150 * M), 30 * M, "below it");
         assert_eq!(spares.budget(100 * M, 50 * M), 50 * M, "far below it");
         assert_eq!(spares.budget(0, 0), 0);
         for _ in 0..1000 {

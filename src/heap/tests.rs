@@ -283,6 +283,31 @@ fn threads_leave_their_blocks_to_others() {
     assert_eq!(heap.heap.live.get(), 0);
 }
 
+/// Mappings that ask for huge pages are whole ones, and so are the parts that spares are cut into; none takes more than a
+/// sixteenth for that.
+#[test]
+fn large_blocks_take_whole_huge_pages_where_that_is_little_more() {
+    const MIB: usize = 1 << 20;
+    let hub = TestHub::new(usize::MAX);
+    let settings = &hub.0.settings;
+    assert_eq!(settings.large_len(39 * MIB), 40 * MIB);
+    assert_eq!(settings.large_len(11 * MIB), 11 * MIB, "a megabyte is more than a sixteenth of it");
+    assert_eq!(settings.large_len(3 * MIB + 8192), 3 * MIB + 8192, "small pages");
+    assert_eq!(settings.large_len(40 * MIB), 40 * MIB);
+    let heap = hub.heap();
+    let (long, other) = (heap.alloc(25 * MIB, 8), heap.alloc(60 * MIB, 8));
+    heap.free(long, 25 * MIB, 8);
+    let kept = hub.0.spare_bytes();
+    assert_eq!(kept, 26 * MIB);
+    let short = heap.alloc(9 * MIB + 5, 8);
+    // SAFETY: the block is live.
+    assert_eq!(unsafe { usable_size(short) }, 10 * MIB - crate::source::os::page_size());
+    assert!(hub.0.spare_bytes().is_multiple_of(2 * MIB));
+    heap.free(short, 9 * MIB + 5, 8);
+    heap.free(other, 60 * MIB, 8);
+    heap.check();
+}
+
 /// Whoever frees into a segment of a thread that ended does not come to own what lies idle there; where nothing is live
 /// any more it goes to whom it may concern, and what is too much of it back to the system.
 #[test]
