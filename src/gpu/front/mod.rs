@@ -239,7 +239,8 @@ impl Front {
         let granules = u32::try_from(bytes.checked_add((1 << self.shift) - 1)? >> self.shift).ok()?;
         let fits = |number| {
             align <= 1 << self.shift
-                || self.records.get(number).is_some_and(|record| record.start().is_multiple_of(align))
+                // Alignments are powers of two; a division would be a sixth of the pair.
+                || self.records.get(number).is_some_and(|record| record.start() & (align - 1) == 0)
         };
         let entry = bins.pop(granules, fits)?;
         let record = self.records.get(entry.record)?;
