@@ -28,7 +28,7 @@ pub(super) struct Bins {
     /// Which heads are no `NIL`, and which of these words are not 0.
     filled: [u64; WORDS],
     any: u32,
-    /// So many ranges at most may have neighbours that they could be joined with.
+    /// How many were freed loose since such were last joined; so many at most have neighbours to be joined with.
     pub(super) loose: u32,
     /// How many ranges were taken whole since those were last joined.
     pub(super) taken_whole: u32,

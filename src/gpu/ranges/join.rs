@@ -6,10 +6,10 @@ use super::bins::class_of;
 use super::node::{FREE, NIL, Node};
 use super::{HOLE, MIXED, PUBLISHED, Ranges, Tag};
 
-/// A lane has no more loose ranges than this, so that joining them takes no more than some hundred microseconds.
+/// After so many loose frees a lane's ranges are joined, which then takes no more than some hundred microseconds.
 const MOST_LOOSE: u32 = if cfg!(test) { 20 } else { 8192 };
-/// Where more ranges had to be joined than were taken whole, this many times as many are joined at once before it is
-/// tried anew.
+/// Where fewer ranges were taken whole meanwhile than were freed loose, this many times as many are joined at once before
+/// it is tried anew.
 const AT_ONCE: u32 = if cfg!(test) { 1 } else { 16 };
 
 impl Ranges {
