@@ -429,3 +429,69 @@ fn containers_in_device_memory_do_not_compile_and_the_compiler_says_what_to_use(
         assert!(text.contains(part), "{part} is missing in: {text}");
     }
 }
+
+/// Requests of sizes up to `largest`, of which any may go next, in steps; at most `most` bytes are live.
+fn at_random(pool: &DevicePool, stream: &Stream, most: usize, steps: usize, largest: usize) -> (usize, u64) {
+    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+    let mut below = |limit: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as usize % limit
+    };
+    let (mut live, mut bytes, mut requests) = (Vec::new(), 0, 0);
+    for _ in 0..steps {
+        let size = 1 + below(largest);
+        if bytes + size <= most && (live.is_empty() || below(100) < 73) {
+            live.push(pool.alloc_uninit::<u8>(size, stream).unwrap());
+            (bytes, requests) = (bytes + size, requests + 1);
+        } else {
+            bytes -= live.swap_remove(below(live.len())).len();
+        }
+    }
+    (requests, pool.stats().source_calls)
+}
+
+/// A pool in which hardly a request fits moves its memory at each, for a while; then it holds more.
+#[test]
+fn what_moves_all_the_time_gets_more_room() {
+    let gpu = device(31, 64 << 30);
+    let stream = gpu.new_stream().unwrap();
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    let most = 16 << 30;
+    at_random(&pool, &stream, most, 6000, 256 * MIB);
+    let before = pool.stats();
+    let (requests, calls) = at_random(&pool, &stream, most, 6000, 256 * MIB);
+    let (moves, peak) = ((calls - before.source_calls) as usize, pool.stats().peak_reserved);
+    assert!(moves * 20 < requests, "{moves} moves for {requests} requests");
+    assert!(peak > most + most / 8 && peak <= most + most / 4 + 256 * MIB, "{peak}");
+    clean(&gpu);
+}
+
+/// Where memory is short, pieces go on moving: what fits is served.
+#[test]
+fn what_moves_all_the_time_on_a_full_device_goes_on_moving() {
+    let most = 1 << 30;
+    let gpu = device(32, most + most / 5);
+    let stream = gpu.new_stream().unwrap();
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    pool.set_oom_callback(|_| panic!("nothing is short"));
+    let (requests, calls) = at_random(&pool, &stream, most, 6000, 64 * MIB);
+    assert!(calls as usize > requests / 20 && pool.stats().failed_count == 0, "{calls} calls");
+    clean(&gpu);
+}
+
+/// The same where others hold what the pool would like to have: a refusal is no error.
+#[test]
+fn what_moves_all_the_time_beside_others_is_content_with_what_it_has() {
+    let most = 1 << 30;
+    let gpu = device(33, 3 << 30);
+    let stream = gpu.new_stream().unwrap();
+    let other = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    let _held = other.alloc_uninit::<u8>(2 * most - most / 5, &stream).unwrap();
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    at_random(&pool, &stream, most - most / 8, 12_000, 64 * MIB);
+    let stats = pool.stats();
+    assert!(stats.failed_count == 0 && stats.peak_reserved <= most + most / 5, "{stats}");
+    clean(&gpu);
+}

@@ -6,9 +6,9 @@
 //! ```
 //! A request takes the best fit among free ranges that have memory. On a miss it goes where the least memory is
 //! missing; what is missing comes from pieces that lie wholly free elsewhere (unmapped there, mapped here), and
-//! from the driver only when there are none. So what a pool reserves follows what is live, whatever the order
-//! in which blocks come and go, and nothing waits for the device: a piece moves only when all work on it is
-//! known to be complete.
+//! from the driver only when there are none, or when pieces would move all the time (`unrest`). So what a pool
+//! reserves follows what is live, whatever the order in which blocks come and go, and nothing waits for the
+//! device: a piece moves only when all work on it is known to be complete.
 //!
 //! A miss has three steps. [`Core::plan`] claims the place and takes the pieces out, under the pool's lock; the
 //! driver is called with no lock held (see `pool::source`); [`Core::finish`] makes the block, or puts everything
@@ -25,8 +25,10 @@
 mod pieces;
 #[cfg(test)]
 mod tests;
+mod unrest;
 
 pub(super) use pieces::{From, Piece, Pieces};
+pub(super) use unrest::Unrest;
 
 use pieces::Gap;
 
@@ -56,6 +58,8 @@ pub(super) struct Plan {
     start: usize,
     granules: u32,
     lane: u16,
+    /// It takes new memory although there is idle memory that could be moved (`unrest`).
+    pub(super) for_rest: bool,
 }
 
 /// What the driver did.
@@ -89,6 +93,7 @@ impl Core {
             start,
             granules,
             lane: ask.lane,
+            for_rest: false,
         };
         self.fill(plan, &parts, max_size).ok_or(full)
     }
@@ -118,6 +123,7 @@ impl Core {
             start: start + len,
             granules: granules - (len / self.zones[zone].bytes(1)) as u32,
             lane,
+            for_rest: false,
         };
         self.fill(plan, &parts, max)
     }
@@ -137,8 +143,6 @@ impl Core {
                 high: part.start + part.len,
             })
             .collect();
-        let mut at_hand = self.at_hand(plan.start, end);
-        let before = at_hand.clone();
         let choose = |at_hand: &mut Vec<(usize, From)>, usual| -> Vec<Vec<(usize, From)>> {
             gaps.iter().map(|gap| pieces.choose(gap, at_hand, usual)).collect()
         };
@@ -146,7 +150,24 @@ impl Core {
             chosen.iter().flatten().filter(|(_, from)| *from == From::New).map(|(len, _)| len).sum()
         };
         let lacking: usize = gaps.iter().map(|gap| gap.end - gap.start).sum();
-        let mut chosen = choose(&mut at_hand, Some(pieces.usual(lacking)));
+        let usual = Some(pieces.usual(lacking));
+        let mut at_hand = self.at_hand(plan.start, end);
+        let before = at_hand.clone();
+        let mut chosen = choose(&mut at_hand, usual);
+        let moves = chosen.iter().flatten().any(|(_, from)| matches!(from, From::Mapped(..)));
+        let served = self.served();
+        if moves && let Some(most) = self.unrest.allows(served, self.live + lacking, self.reserved) {
+            let mut spares = before.clone();
+            spares.retain(|(_, from)| matches!(from, From::Spare(_)));
+            let instead = choose(&mut spares, usual);
+            if self.reserved + new_bytes(&instead) <= most.min(max_size) {
+                (chosen, at_hand) = (instead, Vec::new());
+                plan.for_rest = true;
+            }
+        }
+        if moves && !plan.for_rest {
+            self.unrest.moves(served);
+        }
         if self.reserved + new_bytes(&chosen) > max_size {
             at_hand = before;
             chosen = choose(&mut at_hand, None);
@@ -296,6 +317,9 @@ impl Core {
             self.pieces.iter_mut().for_each(|pieces| pieces.put_spare(piece));
         }
         if done.error.is_some() {
+            if plan.for_rest {
+                self.unrest.refused(self.reserved);
+            }
             for &(node, tag) in &plan.claims {
                 self.zones[plan.zone].free(node, tag);
             }

@@ -25,6 +25,7 @@ impl Books {
     fn new(max_size: usize) -> Self {
         let mut core = Core::new(9, &crate::base::config::PoolConfig::default_gpu());
         assert!(core.set_space(1 << 40, 508 << 30, UNIT));
+        core.unrest = Unrest::new(usize::MAX);
         let gpu = GpuDevice::simulated(SimConfig::default());
         Self { core, gpu, handles: 0, ns: 0, max_size, fail_every: 0, calls: 0 }
     }

@@ -46,6 +46,11 @@ impl Core {
         self.counters.peak_reserved = self.counters.peak_reserved.max(bytes);
     }
 
+    /// Requests that the books served.
+    pub(in crate::gpu) fn served(&self) -> u64 {
+        self.counters.allocations
+    }
+
     pub(in crate::gpu) fn peak_reserved(&self) -> usize {
         self.counters.peak_reserved
     }

@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 use counts::Counters;
 
-use super::arena::Pieces;
+use super::arena::{Pieces, Unrest};
 use super::front::Records;
 use super::order::Order;
 use super::ranges::{CLEAN, MIXED, Ranges, Tag};
@@ -110,6 +110,7 @@ pub(super) struct Core {
     pub(super) order: Order,
     /// The pieces of memory in the pool's address space; `None` where memory comes in segments.
     pub(super) pieces: Option<Pieces>,
+    pub(super) unrest: Unrest,
     /// Where the address space of the large zone begins then.
     large_from: usize,
     shared: Shared,
@@ -139,6 +140,7 @@ impl Core {
             zones,
             order: Order::new(),
             pieces: None,
+            unrest: Unrest::new(0),
             large_from: 0,
             shared: HashMap::new(),
             records: Arc::new(Records::for_pool(config.max_size)),

@@ -145,7 +145,13 @@ impl Inner {
         // SAFETY: a plan of this pool's books; a piece is taken only from what is known to be complete.
         let done = unsafe { self.source.fill(driver, &plan) };
         let mut core = self.core.lock();
-        core.finish(&plan, done, ask).map_err(|error| self.out_of_memory(&core, ask.bytes, error))
+        let placed = core.finish(&plan, done, ask);
+        if placed.is_err() && plan.for_rest {
+            // What is at hand does as well, and is what the next plan takes.
+            drop(core);
+            return self.grow_by_pieces(ask);
+        }
+        placed.map_err(|error| self.out_of_memory(&core, ask.bytes, error))
     }
 
     /// Takes more than the request where the growth factor asks for it, so that later ones need no driver. The
@@ -298,6 +304,12 @@ impl Inner {
         // SAFETY: a plan of this pool's books; a piece is taken only from what is known to be complete.
         let done = unsafe { self.source.fill(&*self.device.0.driver, &plan) };
         let mut core = self.core.lock();
-        core.finish_reserve(&plan, done).map_err(|error| self.out_of_memory(&core, ask.bytes, error))
+        let reserved = core.finish_reserve(&plan, done);
+        if reserved.is_err() && plan.for_rest {
+            // As in `grow_by_pieces`.
+            drop(core);
+            return self.reserve_pieces(zone, ask);
+        }
+        reserved.map_err(|error| self.out_of_memory(&core, ask.bytes, error))
     }
 }

@@ -8,6 +8,7 @@ use core::alloc::Layout;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
+use super::super::arena::Unrest;
 use super::super::capture::Session;
 use super::super::core::{Ask, Core, Placed, Ticket};
 use super::super::device::{GpuDevice, Member};
@@ -70,6 +71,7 @@ impl Inner {
             unsafe { source.close(&*device.0.driver) };
             return Err(Error::oom(0, OomReason::Source));
         }
+        core.unrest = Unrest::new(device.total_memory());
         let inner = Arc::new(Self {
             users: Users::one(),
             device: device.clone(),
