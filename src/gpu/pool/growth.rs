@@ -254,19 +254,7 @@ impl Inner {
             Ask { bytes: options::rounded(&self.config, bytes).ok_or(overflow)?, align: 1, lane: CLEAN };
         let _ticket = self.growth.lock();
         let driver = &*self.device.0.driver;
-        if self.source.reserved.is_some() {
-            {
-                let mut core = self.core.lock();
-                self.open()?;
-                self.front.take_all_back(&mut core, driver);
-                core.settle(driver);
-                if core.has_clean(ask.bytes) {
-                    return Ok(());
-                }
-            }
-            return self.reserve_pieces(LARGE, ask);
-        }
-        let (need, want) = {
+        let sizes = {
             let mut core = self.core.lock();
             self.open()?;
             self.front.take_all_back(&mut core, driver);
@@ -274,8 +262,12 @@ impl Inner {
             if core.has_clean(ask.bytes) {
                 return Ok(());
             }
-            self.growth_sizes(ask.bytes, core.reserved, ask)?
+            match self.source.reserved {
+                Some(_) => None,
+                None => Some(self.growth_sizes(ask.bytes, core.reserved, ask)?),
+            }
         };
+        let Some((need, want)) = sizes else { return self.reserve_pieces(LARGE, ask) };
         let taken = self.take_from_driver(need, want);
         let mut core = self.core.lock();
         let (start, len) = taken.map_err(|error| self.out_of_memory(&core, bytes, error))?;
