@@ -157,8 +157,8 @@ impl Core {
         let moves = chosen.iter().flatten().any(|(_, from)| matches!(from, From::Mapped(..)));
         let served = self.served();
         if moves && let Some(most) = self.unrest.allows(served, self.live + lacking, self.reserved) {
-            let mut spares = before.clone();
-            spares.retain(|(_, from)| matches!(from, From::Spare(_)));
+            let is_spare = |(_, from): &&(usize, From)| matches!(from, From::Spare(_));
+            let mut spares = before.iter().filter(is_spare).copied().collect();
             let instead = choose(&mut spares, usual);
             if self.reserved + new_bytes(&instead) <= most.min(max_size) {
                 (chosen, at_hand) = (instead, Vec::new());

@@ -1,8 +1,8 @@
 //! The physical pieces of a pool, and which of them should fill a gap.
 //!
 //! The driver's price is one a piece, whatever its size, so pieces are few and large: each new one is about a
-//! sixty-fourth of what the pool is about to hold, from one unit up to 32 MiB, and of large pools a four-thousandth more. Where
-//! a gap is larger than that, it gets larger pieces.
+//! sixty-fourth of what the pool is about to hold, from one unit up to 32 MiB, and of large pools a four-thousandth
+//! more. Where a gap is larger than that, it gets larger pieces.
 
 #![forbid(unsafe_code)]
 
