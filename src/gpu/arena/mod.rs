@@ -205,7 +205,7 @@ impl Core {
             pieces.spare.iter().map(|piece| (piece.len, From::Spare(piece.handle))).collect();
         for zone in &self.zones {
             for lane in self.movable_lanes() {
-                zone.free_in_lane(lane, &mut |from, len| {
+                zone.free_in_lane(lane, pieces.unit, &mut |from, len| {
                     let inside = pieces.within(from, from + len).filter(|(at, piece)| {
                         at + piece.len <= from + len && (at + piece.len <= start || *at >= end)
                     });

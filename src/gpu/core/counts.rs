@@ -80,20 +80,12 @@ impl Core {
 
     /// Bytes that are free for everybody.
     pub(in crate::gpu) fn clean_bytes(&self) -> usize {
-        let mut clean = 0;
-        for zone in &self.zones {
-            zone.for_each(&mut |range| {
-                if !range.live && range.tag.lane == CLEAN {
-                    clean += range.len;
-                }
-            });
-        }
-        clean
+        self.zones.iter().map(|zone| zone.free_in(CLEAN)).sum()
     }
 
     /// Free bytes in all zones.
     pub(in crate::gpu) fn free_bytes(&self) -> usize {
-        self.zones.iter().map(|zone| zone.free_bytes).sum()
+        self.zones.iter().map(Ranges::free_bytes).sum()
     }
 
     /// Bytes that nobody holds, in ranges and in pieces that lie nowhere.

@@ -152,13 +152,14 @@ impl Core {
             return None;
         }
         let granules = self.zones[zone].granules(ask.bytes)?;
-        for lane in FIRST..self.order.lanes() {
-            let Some((node, _)) = self.zones[zone].best(lane, granules, ask.align) else { continue };
-            if lane != ask.lane && self.order.may_use(ask.lane, self.zones[zone].tag(node)) {
-                return self.zones[zone].carve(node, granules, ask.align, ask.lane);
-            }
-        }
-        None
+        let (ranges, order) = (&self.zones[zone], &self.order);
+        let node = ranges.lanes_with(granules).filter(|&lane| lane >= FIRST && lane != ask.lane).find_map(
+            |lane| {
+                let (node, _) = ranges.best(lane, granules, ask.align)?;
+                order.may_use(ask.lane, ranges.tag(node)).then_some(node)
+            },
+        )?;
+        self.zones[zone].carve(node, granules, ask.align, ask.lane)
     }
 
     /// Joins what the lane freed with neighbours that it may use as well.
@@ -176,19 +177,18 @@ impl Core {
     /// Step 4: the best fit of another lane.
     pub(super) fn cut_other(&mut self, driver: &dyn Driver, zone: usize, ask: Ask) -> Option<u32> {
         let granules = self.zones[zone].granules(ask.bytes)?;
-        let mut found: Vec<(u32, u32)> = Vec::new();
-        for lane in MIXED..self.order.lanes() {
-            if let Some((node, size)) = self.zones[zone].best(lane, granules, ask.align)
-                && lane != ask.lane
-                && !self.order.is_private(self.zones[zone].tag(node))
-            {
-                found.push((size, node));
-            }
-        }
-        found.sort_unstable();
-        for (_, mut node) in found {
+        let mut refused: Vec<u16> = Vec::new();
+        loop {
+            let (ranges, order) = (&self.zones[zone], &self.order);
+            let others = ranges.lanes_with(granules).filter(|lane| *lane >= MIXED && *lane != ask.lane);
+            let fits = others.filter(|lane| !refused.contains(lane)).filter_map(|lane| {
+                let (node, size) = ranges.best(lane, granules, ask.align)?;
+                (!order.is_private(ranges.tag(node))).then_some((size, node))
+            });
+            let (_, mut node) = fits.min()?;
             let tag = self.zones[zone].tag(node);
             if self.order.ensure(driver, ask.lane, tag).is_err() {
+                refused.push(tag.lane);
                 continue;
             }
             if tag.lane == MIXED {
@@ -198,7 +198,6 @@ impl Core {
             }
             return self.zones[zone].carve(node, granules, ask.align, ask.lane);
         }
-        None
     }
 
     /// Step 5.
@@ -206,7 +205,7 @@ impl Core {
         let granules = self.zones[zone].granules(ask.bytes)?;
         let order = &self.order;
         let (first, mut tags) =
-            self.zones[zone].best_run(granules, ask.align, &|tag| !order.is_private(tag))?;
+            self.zones[zone].best_run(granules, ask.align, ask.lane, &|tag| !order.is_private(tag))?;
         // The latest batch of each lane first, so that one wait covers the others.
         tags.sort_unstable_by_key(|tag| std::cmp::Reverse(tag.batch));
         for &tag in &tags {

@@ -37,7 +37,7 @@ impl Core {
                 continue;
             }
             let lists = if lane == MIXED { self.order.mixed_done() } else { Vec::new() };
-            for zone in &mut self.zones {
+            for zone in self.zones.iter_mut().filter(|zone| zone.has_free(lane)) {
                 let order = &self.order;
                 moved += zone.retag(lane, &|tag| order.is_done(tag), Tag::CLEAN);
             }

@@ -119,16 +119,11 @@ impl Inner {
         if let Some(placed) = self.grow_ahead(ask)? {
             return Ok(placed);
         }
-        self.wait_for_pieces(ask);
         let plan = {
-            let mut core = self.core.lock();
+            let mut core = self.settle_for_pieces(ask);
             self.open()?;
             // Another thread may have grown the pool, or freed something, meanwhile.
-            if let Some(placed) = core.place(ask) {
-                return Ok(placed);
-            }
-            self.settle_patiently(&mut core);
-            if let Some(placed) = core.place_slow(driver, ask) {
+            if let Some(placed) = core.place(ask).or_else(|| core.place_slow(driver, ask)) {
                 return Ok(placed);
             }
             let zone = core.zone_of(ask.bytes);

@@ -4,6 +4,7 @@
 
 use super::super::core::{Ask, Core};
 use super::inner::Inner;
+use crate::base::sync::LockGuard;
 
 /// How often a request asks for work in flight before the pool takes more memory: two milliseconds on a card, which
 /// brought what training reserves as far down as fifty do.
@@ -14,28 +15,24 @@ const WORTH_WAITING: usize = 64;
 impl Inner {
     /// Where much of the pool is free but for work in flight on the request's own stream, waits a moment for that work:
     /// only then can pieces be moved, and a pool that took new ones instead would stay larger. The device is at work
-    /// meanwhile, so that what is lost is the host's lead. The caller holds `growth`.
-    pub(super) fn wait_for_pieces(&self, ask: Ask) {
+    /// meanwhile, so that what is lost is the host's lead. Returns the books, settled. The caller holds `growth`.
+    pub(super) fn settle_for_pieces(&self, ask: Ask) -> LockGuard<'_, Core> {
         let driver = &*self.device.0.driver;
         let mut asked = 0;
         loop {
-            let event = {
-                let mut core = self.core.lock();
-                self.settle_patiently(&mut core);
-                let in_flight = core.free_bytes() - core.clean_bytes();
-                if in_flight < ask.bytes.max(core.reserved / WORTH_WAITING) {
-                    return;
-                }
-                core.order.last_event(ask.lane)
+            let mut core = self.core.lock();
+            self.settle_patiently(&mut core);
+            let in_flight = core.free_bytes() - core.clean_bytes();
+            let event = core.order.last_event(ask.lane).filter(|_| asked < ASKS);
+            let Some(event) = event.filter(|_| in_flight >= ask.bytes.max(core.reserved / WORTH_WAITING))
+            else {
+                return core;
             };
-            let Some(event) = event else { return };
+            drop(core);
             // Where the event is reused meanwhile, this waits for later work, and no longer than ever.
             loop {
                 asked += 1;
-                if asked > ASKS {
-                    return;
-                }
-                if driver.event_query(event).unwrap_or(true) {
+                if asked >= ASKS || driver.event_query(event).unwrap_or(true) {
                     break;
                 }
             }

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::node::{FREE, NIL};
+use super::node::{FREE, NIL, Node};
 use super::{HOLE, Ranges};
 
 /// Subdivisions of each power of two.
@@ -28,6 +28,8 @@ pub(super) struct Bins {
     /// Which heads are no `NIL`, and which of these words are not 0.
     filled: [u64; WORDS],
     any: u32,
+    /// In all of them.
+    pub(super) granules: u64,
     /// How many were freed loose since such were last joined; so many at most have neighbours to be joined with.
     pub(super) loose: u32,
     /// How many ranges were taken whole since those were last joined.
@@ -42,6 +44,7 @@ impl Bins {
             heads: Box::new([NIL; CLASSES]),
             filled: [0; WORDS],
             any: 0,
+            granules: 0,
             loose: 0,
             taken_whole: 0,
             at_once: 0,
@@ -96,14 +99,13 @@ impl Ranges {
     pub(super) fn link(&mut self, index: u32) {
         let node = &mut self.nodes[index as usize];
         let (granules, lane) = (node.granules(), node.tag().lane);
-        let head = self.bins[lane as usize].set_head(class_of(granules), index);
+        let bins = &mut self.bins[lane as usize];
+        bins.granules += u64::from(granules);
+        let head = bins.set_head(class_of(granules), index);
         node.set_link_prev(NIL);
         node.set_link_next(head);
         if head != NIL {
             self.nodes[head as usize].set_link_prev(index);
-        }
-        if lane != HOLE {
-            self.free_bytes += self.bytes(granules);
         }
     }
 
@@ -116,13 +118,12 @@ impl Ranges {
         if after != NIL {
             self.nodes[after as usize].set_link_prev(before);
         }
+        let bins = &mut self.bins[lane as usize];
+        bins.granules -= u64::from(granules);
         if before != NIL {
             self.nodes[before as usize].set_link_next(after);
         } else {
-            self.bins[lane as usize].pop_head(class_of(granules), after);
-        }
-        if lane != HOLE {
-            self.free_bytes -= self.bytes(granules);
+            bins.pop_head(class_of(granules), after);
         }
     }
 
@@ -132,10 +133,9 @@ impl Ranges {
         let node = &mut self.nodes[index as usize];
         let before = node.granules();
         if class_of(before) == class_of(granules) {
+            let lane = node.tag().lane;
             node.set(granules, FREE);
-            if node.tag().lane != HOLE {
-                self.free_bytes = self.free_bytes - self.bytes(before) + self.bytes(granules);
-            }
+            self.note_resized(lane, before, granules);
         } else {
             self.unlink(index);
             self.nodes[index as usize].set(granules, FREE);
@@ -143,25 +143,63 @@ impl Ranges {
         }
     }
 
-    /// Number and place of every free range of a lane.
-    pub(super) fn in_lane(&self, lane: u16) -> Vec<(u32, usize)> {
-        let mut found = Vec::new();
-        let Some(bins) = self.bins.get(lane as usize) else { return found };
-        let mut class = 0;
-        while let Some(filled) = bins.next_filled(class) {
-            let mut at = bins.heads[filled];
-            while at != NIL {
-                found.push((at, self.nodes[at as usize].at()));
-                at = self.nodes[at as usize].link_next();
-            }
-            class = filled + 1;
-        }
-        found
+    /// A range of a lane has another size in its bin.
+    #[inline]
+    pub(super) fn note_resized(&mut self, lane: u16, before: u32, granules: u32) {
+        let all = &mut self.bins[lane as usize].granules;
+        *all = *all - u64::from(before) + u64::from(granules);
     }
 
-    /// Calls `visit` with place and size of every free range of a lane.
-    pub(in crate::gpu) fn free_in_lane(&self, lane: u16, visit: &mut dyn FnMut(usize, usize)) {
-        self.in_lane(lane).into_iter().for_each(|(node, _)| visit(self.start(node), self.len(node)));
+    /// The free ranges of a lane, from the class of `granules` on.
+    pub(super) fn in_lane(&self, lane: u16, granules: u32) -> impl Iterator<Item = u32> + '_ {
+        let bins = self.bins.get(lane as usize).filter(|bins| bins.any != 0);
+        let (mut class, mut at) = (class_of(granules), NIL);
+        std::iter::from_fn(move || {
+            if at == NIL {
+                let filled = bins?.next_filled(class)?;
+                (class, at) = (filled + 1, bins?.heads[filled]);
+            }
+            let found = at;
+            at = self.nodes[at as usize].link_next();
+            Some(found)
+        })
+    }
+
+    /// Number and place of those free ranges of a lane that `wanted` accepts, for a walk that joins some of them.
+    pub(super) fn collect(&self, lane: u16, wanted: impl Fn(&Node) -> bool) -> Vec<(u32, usize)> {
+        let places = self.in_lane(lane, 0).map(|index| (index, &self.nodes[index as usize]));
+        places.filter(|(_, node)| wanted(node)).map(|(index, node)| (index, node.at())).collect()
+    }
+
+    /// Whether what was collected is still there: an earlier step may have joined it.
+    pub(super) fn is_still(&self, (index, place): (u32, usize), lane: u16) -> bool {
+        let node = &self.nodes[index as usize];
+        node.state() == FREE && node.at() == place && node.tag().lane == lane
+    }
+
+    /// Calls `visit` with place and size of every free range of a lane of `least` bytes or more.
+    pub(in crate::gpu) fn free_in_lane(&self, lane: u16, least: usize, visit: &mut dyn FnMut(usize, usize)) {
+        let Some(granules) = self.granules(least) else { return };
+        for index in self.in_lane(lane, granules) {
+            visit(self.start(index), self.len(index));
+        }
+    }
+
+    /// The lanes that have so many free granules or more.
+    pub(in crate::gpu) fn lanes_with(&self, granules: u32) -> impl Iterator<Item = u16> + '_ {
+        let lanes = self.bins.iter().enumerate();
+        lanes.filter(move |(_, bins)| bins.granules >= u64::from(granules)).map(|(lane, _)| lane as u16)
+    }
+
+    /// Free bytes of a lane.
+    pub(in crate::gpu) fn free_in(&self, lane: u16) -> usize {
+        self.bins.get(lane as usize).map_or(0, |bins| (bins.granules << self.shift) as usize)
+    }
+
+    /// Free bytes of all lanes.
+    pub(in crate::gpu) fn free_bytes(&self) -> usize {
+        let lanes = 0..self.bins.len() as u16;
+        lanes.filter(|&lane| lane != HOLE).map(|lane| self.free_in(lane)).sum()
     }
 
     /// Whether any lane has loose ranges.

@@ -4,7 +4,7 @@
 
 use super::bins::class_of;
 use super::node::{FREE, NIL, Node};
-use super::{HOLE, MIXED, PUBLISHED, Ranges, Tag};
+use super::{CLEAN, HOLE, MIXED, PUBLISHED, Ranges, Tag};
 
 /// After so many loose frees a lane's ranges are joined, which then takes no more than some hundred microseconds.
 const MOST_LOOSE: u32 = if cfg!(test) { 20 } else { 8192 };
@@ -70,16 +70,20 @@ impl Ranges {
         if std::mem::take(&mut bins.taken_whole) < loose {
             bins.at_once = loose.saturating_mul(AT_ONCE);
         }
-        for (index, place) in self.in_lane(lane) {
-            // An earlier step may have joined it.
-            let node = &self.nodes[index as usize];
-            if node.state() == FREE && node.at() == place && node.tag().lane == lane {
-                self.unlink(index);
-                let whole = self.join(index, &also);
+        for found in self.collect(lane, |node| self.has_mate(node, &also)) {
+            if self.is_still(found, lane) {
+                self.unlink(found.0);
+                let whole = self.join(found.0, &also);
                 self.note_idle(whole);
             }
         }
         true
+    }
+
+    /// Whether [`join`](Self::join) would join a node with a neighbour.
+    fn has_mate(&self, node: &Node, also: impl Fn(Tag) -> bool) -> bool {
+        let neighbours = [node.prev(), node.next()].into_iter().filter(|&other| other != NIL);
+        neighbours.map(|other| &self.nodes[other as usize]).any(|other| joins(node.tag().lane, other, &also))
     }
 
     /// Joins a free node that is in no bin with its free neighbours of the same lane, and with those whose tag
@@ -88,10 +92,7 @@ impl Ranges {
     pub(super) fn join(&mut self, index: u32, also: impl Fn(Tag) -> bool) -> u32 {
         let node = self.nodes[index as usize];
         let mine = node.tag();
-        let joins = |other: &Node| {
-            let theirs = other.tag();
-            other.state() == FREE && (mine.lane == theirs.lane && mine.lane != MIXED || also(theirs))
-        };
+        let joins = |other: &Node| joins(mine.lane, other, &also);
         let in_front = node.prev() != NIL && joins(&self.nodes[node.prev() as usize]);
         let behind = node.next() != NIL && joins(&self.nodes[node.next() as usize]);
         if !in_front && !behind {
@@ -180,8 +181,8 @@ impl Ranges {
         whole.set_tag(Tag { lane: mine.lane, batch });
         if !stays {
             self.link(kept);
-        } else if mine.lane != HOLE {
-            self.free_bytes += self.bytes(granules - most);
+        } else {
+            self.note_resized(mine.lane, most, granules);
         }
         self.join_chain(before, kept);
         self.join_chain(kept, after);
@@ -194,14 +195,12 @@ impl Ranges {
     /// Gives every free range whose tag `from` accepts the tag `to`; returns how many.
     pub(in crate::gpu) fn retag(&mut self, lane: u16, from: &dyn Fn(Tag) -> bool, to: Tag) -> usize {
         let mut moved = 0;
-        for (index, place) in self.in_lane(lane) {
-            // An earlier step may have merged it away.
-            let node = &self.nodes[index as usize];
-            if node.state() != FREE || node.at() != place || node.tag().lane != lane || !from(node.tag()) {
+        for found in self.collect(lane, |node| from(node.tag())) {
+            if !self.is_still(found, lane) {
                 continue;
             }
-            let before = node.granules();
-            let merged = self.give(index, to);
+            let before = self.nodes[found.0 as usize].granules();
+            let merged = self.give(found.0, to);
             if self.nodes[merged as usize].granules() != before {
                 self.note_idle(merged);
             }
@@ -214,14 +213,10 @@ impl Ranges {
     /// now; returns whether any joined.
     pub(in crate::gpu) fn join_neighbours(&mut self, tag: Tag, usable: &dyn Fn(Tag) -> bool) -> bool {
         let mut joined = false;
-        for (index, place) in self.in_lane(tag.lane) {
-            let node = self.nodes[index as usize];
-            if node.state() != FREE || node.at() != place || node.tag().lane != tag.lane {
-                continue;
-            }
-            self.unlink(index);
-            let merged = self.join(index, usable);
-            if self.nodes[merged as usize].granules() != node.granules() {
+        for found in self.collect(tag.lane, |node| self.has_mate(node, usable)) {
+            if self.is_still(found, tag.lane) {
+                self.unlink(found.0);
+                let merged = self.join(found.0, usable);
                 // The lane waited for what joined at some moment up to now; only its open batch covers that.
                 self.nodes[merged as usize].set_tag(tag);
                 joined = true;
@@ -230,47 +225,67 @@ impl Ranges {
         joined
     }
 
-    /// The shortest run of free neighbours, whatever their lanes, that holds the request: its first node and
-    /// the tags in it.
+    /// The shortest run of free neighbours, whatever their lanes, that holds a request of lane `own`: its first node
+    /// and the tags in it. What that lane freed is joined with what it may use.
     pub(in crate::gpu) fn best_run(
         &self,
         granules: u32,
         align: usize,
+        own: u16,
         usable: &dyn Fn(Tag) -> bool,
     ) -> Option<(u32, Vec<Tag>)> {
         let usable = |node: &Node| node.state() == FREE && usable(node.tag());
-        let mut best: Option<(u32, u32)> = None;
-        for segment in self.segments.values() {
-            let (mut at, mut first, mut sum) = (segment.first, NIL, 0);
-            loop {
-                let node = (at != NIL).then(|| self.nodes[at as usize]);
-                if let Some(free) = node.filter(usable) {
-                    if first == NIL {
-                        (first, sum) = (at, 0);
-                    }
-                    sum += free.granules();
-                } else if first != NIL {
-                    let mut whole = self.nodes[first as usize];
-                    whole.set(sum, FREE);
-                    if self.fits(&whole, granules, align) && best.is_none_or(|(size, _)| sum < size) {
-                        best = Some((sum, first));
-                    }
-                    first = NIL;
-                }
-                match node {
-                    Some(node) => at = node.next(),
-                    None => break,
+        // So what is to be found has other lanes' ranges in it, or is large enough alone.
+        let other = |lane: u16| lane != CLEAN && lane != own;
+        let mut best: Option<((u32, usize), u32)> = None;
+        for lane in self.lanes_with(1).filter(|&lane| lane != HOLE) {
+            for seed in self.in_lane(lane, if other(lane) { 0 } else { granules }) {
+                let Some(first) = self.first_of_run(seed, &usable, &other) else { continue };
+                let mut whole = self.nodes[first as usize];
+                let sum = self.run(first, &usable).map(|at| self.nodes[at as usize].granules()).sum();
+                whole.set(sum, FREE);
+                let key = (sum, whole.at());
+                if best.is_none_or(|(known, _)| key < known) && self.fits(&whole, granules, align) {
+                    best = Some((key, first));
                 }
             }
         }
         let (_, first) = best?;
-        let mut tags = Vec::new();
-        let mut at = first;
-        while at != NIL && usable(&self.nodes[at as usize]) {
-            tags.push(self.tag(at));
-            at = self.nodes[at as usize].next();
+        Some((first, self.run(first, &usable).map(|at| self.tag(at)).collect()))
+    }
+
+    /// The free neighbours from `first` on that `usable` accepts.
+    pub(super) fn run<'a>(
+        &'a self,
+        first: u32,
+        usable: impl Fn(&Node) -> bool + 'a,
+    ) -> impl Iterator<Item = u32> + 'a {
+        let next = move |at: u32| (at != NIL && usable(&self.nodes[at as usize])).then_some(at);
+        std::iter::successors(next(first), move |&at| next(self.nodes[at as usize].next()))
+    }
+
+    /// The first of the run around a node; `None` where the node is not usable, or one of a lane that `other` names
+    /// is in front of it, which leads there as well.
+    pub(super) fn first_of_run(
+        &self,
+        node: u32,
+        usable: impl Fn(&Node) -> bool,
+        other: impl Fn(u16) -> bool,
+    ) -> Option<u32> {
+        let mut first = node;
+        if !usable(&self.nodes[first as usize]) {
+            return None;
         }
-        Some((first, tags))
+        loop {
+            let before = self.nodes[first as usize].prev();
+            if before == NIL || !usable(&self.nodes[before as usize]) {
+                return Some(first);
+            }
+            if other(self.tag(before).lane) {
+                return None;
+            }
+            first = before;
+        }
     }
 
     /// Makes one free range of the run that begins at `first`, for `tag`.
@@ -284,4 +299,11 @@ impl Ranges {
     pub(in crate::gpu) fn give(&mut self, node: u32, tag: Tag) -> u32 {
         self.join_run(node, tag, &|_| false)
     }
+}
+
+/// Whether a node of `lane` is joined with a neighbour: a free one of that lane, or of a tag that `also` accepts.
+#[inline]
+fn joins(lane: u16, other: &Node, also: impl Fn(Tag) -> bool) -> bool {
+    let theirs = other.tag();
+    other.state() == FREE && (lane == theirs.lane && lane != MIXED || also(theirs))
 }

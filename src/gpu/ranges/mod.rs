@@ -102,7 +102,6 @@ pub(super) struct Ranges {
     chains: Vec<u32>,
     published: usize,
     clock: u64,
-    pub(super) free_bytes: usize,
     pub(super) live_blocks: usize,
 }
 
@@ -121,7 +120,6 @@ impl Ranges {
             chains: Vec::new(),
             published: 0,
             clock: 0,
-            free_bytes: 0,
             live_blocks: 0,
         }
     }

@@ -3,8 +3,8 @@
 
 #![forbid(unsafe_code)]
 
-use super::node::{FREE, LIVE, NIL, Node};
-use super::{HOLE, Range, Ranges, Tag};
+use super::node::{FREE, LIVE, Node};
+use super::{CLEAN, HOLE, Range, Ranges, Tag};
 
 impl Ranges {
     /// Adds address space without memory; false where there is no room to note it.
@@ -30,23 +30,24 @@ impl Ranges {
         usable: &dyn Fn(Tag) -> bool,
     ) -> Option<(u32, usize)> {
         let takes = |node: &Node| node.state() == FREE && (node.tag().lane == HOLE || usable(node.tag()));
+        // What is clean is joined: such a range is large enough alone, or another lane's lies beside it.
+        let other = |lane: u16| lane != CLEAN;
+        let bytes = self.bytes(granules);
         let mut best: Option<((usize, usize, usize), u32)> = None;
         let mut run: Vec<Range> = Vec::new();
-        for segment in self.segments.values() {
-            let mut at = segment.first;
-            while at != NIL {
+        for lane in self.lanes_with(1) {
+            for seed in self.in_lane(lane, if other(lane) { 0 } else { granules }) {
+                let Some(first) = self.first_of_run(seed, &takes, &other) else { continue };
                 run.clear();
-                while at != NIL && takes(&self.nodes[at as usize]) {
-                    run.push(self.range(at));
-                    at = self.nodes[at as usize].next();
-                }
-                if let Some(found) = place_in(&run, self.bytes(granules), align, unit)
+                run.extend(self.run(first, &takes).map(|at| self.range(at)));
+                // It lacks this much at least.
+                let backed = run.iter().filter(|range| range.tag.lane != HOLE).map(|range| range.len).sum();
+                let lacks = bytes.saturating_sub(backed);
+                if best.is_none_or(|((known, ..), _)| lacks <= known)
+                    && let Some(found) = place_in(&run, bytes, align, unit)
                     && best.is_none_or(|(key, _)| found.0 < key)
                 {
                     best = Some(found);
-                }
-                if at != NIL {
-                    at = self.nodes[at as usize].next();
                 }
             }
         }
@@ -96,11 +97,11 @@ impl Ranges {
 
     /// The free range of `lane` that holds `[start, start + len)`.
     fn holder(&self, lane: u16, start: usize, len: usize) -> Option<u32> {
-        let holds = |&(node, _): &(u32, usize)| {
+        let granules = self.granules(len)?;
+        self.in_lane(lane, granules).find(|&node| {
             let at = self.start(node);
             at <= start && start + len <= at + self.len(node)
-        };
-        self.in_lane(lane).into_iter().find(holds).map(|(node, _)| node)
+        })
     }
 
     /// Turns `[start, start + len)` from a part of a free range of lane `from` into a free range of tag `to`.

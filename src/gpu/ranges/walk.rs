@@ -94,19 +94,24 @@ impl Ranges {
                 return broken("1: nodes cover the segment", start);
             }
         }
-        for lane in 0..self.bins.len() {
-            for (index, place) in self.in_lane(lane as u16) {
+        for (lane, bins) in self.bins.iter().enumerate() {
+            let mut granules = 0;
+            for index in self.in_lane(lane as u16, 0) {
                 let node = &self.nodes[index as usize];
                 if node.state() != FREE || node.tag().lane as usize != lane {
-                    return broken("2: bins hold free ranges of their lane", place << self.shift);
+                    return broken("2: bins hold free ranges of their lane", self.place(node));
                 }
+                granules += u64::from(node.granules());
                 free_nodes -= 1;
+            }
+            if granules != bins.granules {
+                return broken("2: bins know how much they hold", lane);
             }
         }
         if free_nodes != 0 {
             return broken("2: every free range is in a bin", 0);
         }
-        if (live, free, published) != (self.live_blocks, self.free_bytes, self.published) {
+        if (live, free, published) != (self.live_blocks, self.free_bytes(), self.published) {
             return broken("counts agree", 0);
         }
         Ok(())
