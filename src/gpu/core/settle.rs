@@ -39,7 +39,7 @@ impl Core {
             let lists = if lane == MIXED { self.order.mixed_done() } else { Vec::new() };
             for zone in self.zones.iter_mut().filter(|zone| zone.has_free(lane)) {
                 let order = &self.order;
-                moved += zone.retag(lane, &|tag| order.is_done(tag), Tag::CLEAN);
+                moved += zone.retag(lane, |tag| order.is_done(tag), Tag::CLEAN);
             }
             for batch in lists {
                 self.order.forget_mixed(Tag { lane, batch });

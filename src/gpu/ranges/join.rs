@@ -192,19 +192,26 @@ impl Ranges {
         kept
     }
 
-    /// Gives every free range whose tag `from` accepts the tag `to`; returns how many.
-    pub(in crate::gpu) fn retag(&mut self, lane: u16, from: &dyn Fn(Tag) -> bool, to: Tag) -> usize {
-        let mut moved = 0;
-        for found in self.collect(lane, |node| from(node.tag())) {
-            if !self.is_still(found, lane) {
-                continue;
+    /// Gives every free range of a lane whose tag `from` accepts the tag `to`, of another lane; returns how many.
+    pub(in crate::gpu) fn retag(&mut self, lane: u16, from: impl Fn(Tag) -> bool, to: Tag) -> usize {
+        debug_assert!(lane != to.lane);
+        let (mut moved, mut class) = (0, 0);
+        while let Some(filled) = self.bins.get(lane as usize).and_then(|bins| bins.next_filled(class)) {
+            let mut at = self.bins[lane as usize].heads[filled];
+            while at != NIL {
+                let node = &self.nodes[at as usize];
+                // It joins neighbours of the other lane alone, so that the rest of this list stays as it is.
+                let (next, before) = (node.link_next(), node.granules());
+                if from(node.tag()) {
+                    let merged = self.give(at, to);
+                    if self.nodes[merged as usize].granules() != before {
+                        self.note_idle(merged);
+                    }
+                    moved += 1;
+                }
+                at = next;
             }
-            let before = self.nodes[found.0 as usize].granules();
-            let merged = self.give(found.0, to);
-            if self.nodes[merged as usize].granules() != before {
-                self.note_idle(merged);
-            }
-            moved += 1;
+            class = filled + 1;
         }
         moved
     }
@@ -240,7 +247,7 @@ impl Ranges {
         let mut best: Option<((u32, usize), u32)> = None;
         for lane in self.lanes_with(1).filter(|&lane| lane != HOLE) {
             for seed in self.in_lane(lane, if other(lane) { 0 } else { granules }) {
-                let Some(first) = self.first_of_run(seed, &usable, &other) else { continue };
+                let Some(first) = self.first_of_run(seed, usable, other) else { continue };
                 let mut whole = self.nodes[first as usize];
                 let sum = self.run(first, &usable).map(|at| self.nodes[at as usize].granules()).sum();
                 whole.set(sum, FREE);

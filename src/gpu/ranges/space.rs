@@ -37,14 +37,20 @@ impl Ranges {
         let mut run: Vec<Range> = Vec::new();
         for lane in self.lanes_with(1) {
             for seed in self.in_lane(lane, if other(lane) { 0 } else { granules }) {
-                let Some(first) = self.first_of_run(seed, &takes, &other) else { continue };
+                let Some(first) = self.first_of_run(seed, takes, other) else { continue };
+                let (mut room, mut backed) = (0, 0);
+                for node in self.run(first, &takes).map(|at| &self.nodes[at as usize]) {
+                    room += node.granules();
+                    backed += if node.tag().lane == HOLE { 0 } else { node.granules() };
+                }
+                // It lacks this much at least.
+                let lacks = self.bytes(granules.saturating_sub(backed));
+                if room < granules || best.is_some_and(|((known, ..), _)| known < lacks) {
+                    continue;
+                }
                 run.clear();
                 run.extend(self.run(first, &takes).map(|at| self.range(at)));
-                // It lacks this much at least.
-                let backed = run.iter().filter(|range| range.tag.lane != HOLE).map(|range| range.len).sum();
-                let lacks = bytes.saturating_sub(backed);
-                if best.is_none_or(|((known, ..), _)| lacks <= known)
-                    && let Some(found) = place_in(&run, bytes, align, unit)
+                if let Some(found) = place_in(&run, bytes, align, unit)
                     && best.is_none_or(|(key, _)| found.0 < key)
                 {
                     best = Some(found);

@@ -131,7 +131,7 @@ fn the_segment_idle_for_longest_goes_first() {
         ranges.free(blocks[at][0], Tag::CLEAN);
         ranges.free(blocks[at][1], lane);
     }
-    ranges.retag(LANE, &|_| true, Tag::CLEAN);
+    ranges.retag(LANE, |_| true, Tag::CLEAN);
     ranges.check().unwrap();
     let order: Vec<usize> = (0..4).map(|_| ranges.remove_idle(usize::MAX, &|_| true).unwrap().0).collect();
     assert_eq!(order, [starts[1], starts[3], starts[0], starts[2]]);
