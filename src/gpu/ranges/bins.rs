@@ -7,24 +7,20 @@ use super::{HOLE, Ranges};
 
 /// Subdivisions of each power of two.
 const SUB_LOG2: u32 = 4;
-pub(super) const CLASSES: usize = (30 - SUB_LOG2 as usize + 1) << SUB_LOG2;
+const CLASSES: usize = (30 - SUB_LOG2 as usize + 1) << SUB_LOG2;
 
 const WORDS: usize = CLASSES.div_ceil(64);
 
+/// The class of a size: the sizes below `1 << SUB_LOG2` have one each.
 #[inline]
 pub(super) fn class_of(granules: u32) -> usize {
-    if granules < 1 << SUB_LOG2 {
-        return granules as usize;
-    }
-    let log = granules.ilog2();
-    let sub = (granules >> (log - SUB_LOG2)) & ((1 << SUB_LOG2) - 1);
-    (((log - SUB_LOG2 + 1) << SUB_LOG2) + sub) as usize
+    let shift = (granules | 1 << SUB_LOG2).ilog2() - SUB_LOG2;
+    ((shift << SUB_LOG2) + (granules >> shift)) as usize
 }
 
 /// The free ranges of one lane.
 #[derive(Debug)]
 pub(super) struct Bins {
-    pub(super) heads: Box<[u32; CLASSES]>,
     /// Which heads are no `NIL`, and which of these words are not 0.
     filled: [u64; WORDS],
     any: u32,
@@ -36,18 +32,19 @@ pub(super) struct Bins {
     pub(super) taken_whole: u32,
     /// So many more are joined at once when they are freed.
     pub(super) at_once: u32,
+    pub(super) heads: [u32; CLASSES],
 }
 
 impl Bins {
     fn new() -> Self {
         Self {
-            heads: Box::new([NIL; CLASSES]),
             filled: [0; WORDS],
             any: 0,
             granules: 0,
             loose: 0,
             taken_whole: 0,
             at_once: 0,
+            heads: [NIL; CLASSES],
         }
     }
 
@@ -64,17 +61,33 @@ impl Bins {
         Some(word * 64 + self.filled.get(word)?.trailing_zeros() as usize)
     }
 
-    /// Puts a node in front of a class; returns which was there.
-    #[inline]
-    fn set_head(&mut self, class: usize, head: u32) -> u32 {
+    /// Puts a node in front of its class.
+    #[inline(always)]
+    fn put_in(&mut self, nodes: &mut [Node], index: u32, class: usize) {
+        let head = std::mem::replace(&mut self.heads[class], index);
+        let node = &mut nodes[index as usize];
+        node.set_link_prev(NIL);
+        node.set_link_next(head);
+        if head != NIL {
+            nodes[head as usize].set_link_prev(index);
+            return;
+        }
         self.filled[class / 64] |= 1 << (class % 64);
         self.any |= 1 << (class / 64);
-        std::mem::replace(&mut self.heads[class], head)
     }
 
-    /// The first node of a class goes.
-    #[inline]
-    fn pop_head(&mut self, class: usize, after: u32) {
+    /// Takes a node out of its class.
+    #[inline(always)]
+    fn take_out(&mut self, nodes: &mut [Node], index: u32, class: usize) {
+        let node = &nodes[index as usize];
+        let (before, after) = (node.link_prev(), node.link_next());
+        if after != NIL {
+            nodes[after as usize].set_link_prev(before);
+        }
+        if before != NIL {
+            nodes[before as usize].set_link_next(after);
+            return;
+        }
         self.heads[class] = after;
         if after == NIL {
             let word = &mut self.filled[class / 64];
@@ -97,16 +110,11 @@ impl Ranges {
     /// Puts a free node into its bin.
     #[inline]
     pub(super) fn link(&mut self, index: u32) {
-        let node = &mut self.nodes[index as usize];
+        let node = &self.nodes[index as usize];
         let (granules, lane) = (node.granules(), node.tag().lane);
         let bins = &mut self.bins[lane as usize];
         bins.granules += u64::from(granules);
-        let head = bins.set_head(class_of(granules), index);
-        node.set_link_prev(NIL);
-        node.set_link_next(head);
-        if head != NIL {
-            self.nodes[head as usize].set_link_prev(index);
-        }
+        bins.put_in(&mut self.nodes, index, class_of(granules));
     }
 
     /// Takes a node out of its bin.
@@ -114,40 +122,24 @@ impl Ranges {
     pub(super) fn unlink(&mut self, index: u32) {
         let node = &self.nodes[index as usize];
         let (granules, lane) = (node.granules(), node.tag().lane);
-        let (before, after) = (node.link_prev(), node.link_next());
-        if after != NIL {
-            self.nodes[after as usize].set_link_prev(before);
-        }
         let bins = &mut self.bins[lane as usize];
         bins.granules -= u64::from(granules);
-        if before != NIL {
-            self.nodes[before as usize].set_link_next(after);
-        } else {
-            bins.pop_head(class_of(granules), after);
-        }
+        bins.take_out(&mut self.nodes, index, class_of(granules));
     }
 
     /// Gives a node in a bin another size; it changes bins only where that is of another class.
-    #[inline]
+    #[inline(always)]
     pub(super) fn resize(&mut self, index: u32, granules: u32) {
         let node = &mut self.nodes[index as usize];
         let before = node.granules();
-        if class_of(before) == class_of(granules) {
-            let lane = node.tag().lane;
-            node.set(granules, FREE);
-            self.note_resized(lane, before, granules);
-        } else {
-            self.unlink(index);
-            self.nodes[index as usize].set(granules, FREE);
-            self.link(index);
+        node.set(granules, FREE);
+        let bins = &mut self.bins[node.tag().lane as usize];
+        bins.granules = bins.granules - u64::from(before) + u64::from(granules);
+        let (from, to) = (class_of(before), class_of(granules));
+        if from != to {
+            bins.take_out(&mut self.nodes, index, from);
+            bins.put_in(&mut self.nodes, index, to);
         }
-    }
-
-    /// A range of a lane has another size in its bin.
-    #[inline]
-    pub(super) fn note_resized(&mut self, lane: u16, before: u32, granules: u32) {
-        let all = &mut self.bins[lane as usize].granules;
-        *all = *all - u64::from(before) + u64::from(granules);
     }
 
     /// The free ranges of a lane, from the class of `granules` on.
@@ -208,6 +200,7 @@ impl Ranges {
     }
 
     /// Whether the lane has free ranges here.
+    #[inline]
     pub(in crate::gpu) fn has_free(&self, lane: u16) -> bool {
         self.bins.get(lane as usize).is_some_and(|bins| bins.any != 0)
     }

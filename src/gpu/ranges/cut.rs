@@ -53,19 +53,13 @@ impl Ranges {
     #[inline]
     fn carve_front(&mut self, index: u32, granules: u32, lane: u16) -> Option<u32> {
         let node = &self.nodes[index as usize];
-        let (rest, before, was) = (node.granules() - granules, node.prev(), node.tag().lane);
-        let live = node.live_here(granules, lane);
+        let (rest, before) = (node.granules() - granules, node.prev());
         if rest == 0 {
-            self.unlink(index);
-            let taken = &mut self.bins[was as usize].taken_whole;
-            *taken = taken.wrapping_add(1);
-            let node = &mut self.nodes[index as usize];
-            node.set(granules, LIVE);
-            node.set_tag(Tag { lane, batch: 0 });
+            self.carve_whole(index, lane);
             return Some(index);
         }
+        let live = node.live_before(index, granules, lane);
         let block = self.new_node(live)?;
-        self.nodes[block as usize].set_next(index);
         self.resize(index, rest);
         let node = &mut self.nodes[index as usize];
         node.advance(granules);
@@ -73,10 +67,19 @@ impl Ranges {
         if before == NIL {
             self.begin_with(live.at(), block);
         } else {
-            self.nodes[block as usize].set_prev(before);
             self.nodes[before as usize].set_next(block);
         }
         Some(block)
+    }
+
+    #[inline]
+    fn carve_whole(&mut self, index: u32, lane: u16) {
+        self.unlink(index);
+        let node = &mut self.nodes[index as usize];
+        let taken = &mut self.bins[node.tag().lane as usize].taken_whole;
+        *taken = taken.wrapping_add(1);
+        node.set(node.granules(), LIVE);
+        node.set_tag(Tag { lane, batch: 0 });
     }
 
     #[cold]

@@ -38,25 +38,35 @@ impl Ranges {
         align: usize,
     ) -> Option<u32> {
         let need = Need { granules, align };
-        let look = match self.strategy {
-            Strategy::Segregated => LOOK,
-            Strategy::BestFit => usize::MAX,
-            _ => return self.choose_slow(lane, own_first, need),
-        };
-        let own = if lane >= FIRST { self.tightest(lane, need, look) } else { None };
-        match own {
-            Some((node, size)) if size == granules || own_first => Some(node),
-            _ => match (own, self.tightest(CLEAN, need, look)) {
-                (Some((own, size)), Some((_, other))) if size <= other => Some(own),
-                (_, Some((clean, _))) => Some(clean),
-                (own, None) => own.map(|(node, _)| node),
-            },
+        match self.strategy {
+            Strategy::Segregated => self.choose_tightest(lane, own_first, need, LOOK),
+            _ => self.choose_slow(lane, own_first, need),
         }
     }
 
-    /// [`choose`](Self::choose) for strategies that look at all ranges at once.
+    /// [`choose`](Self::choose) the tightest.
+    #[inline(always)]
+    fn choose_tightest(&self, lane: u16, own_first: bool, need: Need, look: usize) -> Option<u32> {
+        let own = if lane >= FIRST { self.tightest(lane, need, look, usize::MAX) } else { None };
+        let Some((own, size)) = own else {
+            return self.tightest(CLEAN, need, look, usize::MAX).map(|(node, _)| node);
+        };
+        if size == need.granules || own_first || !self.has_free(CLEAN) {
+            return Some(own);
+        }
+        // What is free for anybody is taken only where it is tighter: nothing of a larger class is.
+        match self.tightest(CLEAN, need, look, class_of(size)) {
+            Some((clean, other)) if other < size => Some(clean),
+            _ => Some(own),
+        }
+    }
+
+    /// [`choose`](Self::choose) for strategies that look at all ranges.
     #[cold]
     fn choose_slow(&self, lane: u16, own_first: bool, need: Need) -> Option<u32> {
+        if matches!(self.strategy, Strategy::BestFit) {
+            return self.choose_tightest(lane, own_first, need, usize::MAX);
+        }
         let pick = |lanes: &[u16]| match &self.strategy {
             Strategy::Custom(policy) => self.by_policy(&**policy, lanes, need),
             _ => self.lowest(lanes, need),
@@ -72,41 +82,43 @@ impl Ranges {
     pub(in crate::gpu) fn best(&self, lane: u16, granules: u32, align: usize) -> Option<(u32, u32)> {
         let need = Need { granules, align };
         let node = match &self.strategy {
-            Strategy::BestFit => return self.tightest(lane, need, usize::MAX),
+            Strategy::BestFit => return self.tightest(lane, need, usize::MAX, usize::MAX),
             Strategy::FirstFit => self.lowest(&[lane], need),
             Strategy::Custom(policy) => self.by_policy(&**policy, &[lane], need),
-            _ => return self.tightest(lane, need, LOOK),
+            _ => return self.tightest(lane, need, LOOK, usize::MAX),
         }?;
         Some((node, self.nodes[node as usize].granules()))
     }
 
-    /// The smallest that fits and its size, the lowest among equals, looking at no more than `look` ranges of a bin.
-    fn tightest(&self, lane: u16, need: Need, look: usize) -> Option<(u32, u32)> {
+    /// The smallest that fits and its size, the lowest among equals, looking at no more than `look` ranges of a bin and
+    /// at no class behind `last`.
+    #[inline(always)]
+    fn tightest(&self, lane: u16, need: Need, look: usize, last: usize) -> Option<(u32, u32)> {
         let bins = self.bins.get(lane as usize)?;
         let anywhere = need.align <= 1 << self.shift;
         let mut class = class_of(need.granules);
-        while let Some(filled) = bins.next_filled(class) {
-            let mut best: Option<(u32, u32)> = None;
+        while let Some(filled) = bins.next_filled(class).filter(|&filled| filled <= last) {
+            let (mut best, mut size) = (NIL, u32::MAX);
             let mut at = bins.heads[filled];
             for _ in 0..look {
-                if at == NIL {
-                    break;
-                }
                 let node = &self.nodes[at as usize];
-                let size = node.granules();
-                if size >= need.granules && (anywhere || self.fits(node, need.granules, need.align)) {
-                    let lower = |other: u32| node.at() < self.nodes[other as usize].at();
-                    if best.is_none_or(|(known, other)| size < known || size == known && lower(other)) {
-                        best = Some((size, at));
+                let here = node.granules();
+                if here >= need.granules && (anywhere || self.fits(node, need.granules, need.align)) {
+                    let lower = || node.at() < self.nodes[best as usize].at();
+                    if here < size || here == size && lower() {
+                        (best, size) = (at, here);
                     }
-                    if size == need.granules && look == LOOK {
+                    if here == need.granules && look == LOOK {
                         break;
                     }
                 }
                 at = node.link_next();
+                if at == NIL {
+                    break;
+                }
             }
-            if let Some((size, at)) = best {
-                return Some((at, size));
+            if best != NIL {
+                return Some((best, size));
             }
             class = filled + 1;
         }

@@ -182,7 +182,7 @@ impl Ranges {
         if !stays {
             self.link(kept);
         } else {
-            self.note_resized(mine.lane, most, granules);
+            self.bins[mine.lane as usize].granules += u64::from(granules - most);
         }
         self.join_chain(before, kept);
         self.join_chain(kept, after);

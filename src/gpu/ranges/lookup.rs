@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use super::node::NIL;
-use super::{PUBLISHED, Ranges};
+use super::{PUBLISHED, Ranges, Tag};
 
 /// While there are fewer chains than this, a chain holds one block on average.
 const SHORT: usize = 8192;
@@ -13,26 +13,29 @@ impl Ranges {
     /// The chain of an address of which these are the low bits, in granules. There are chains.
     #[inline]
     fn chain(&self, low: u32) -> usize {
-        (low.wrapping_mul(0x9E37_79B1) >> (u32::BITS - self.chains.len().ilog2())) as usize
+        (low.wrapping_mul(0x9E37_79B1) >> self.chain_shift) as usize
     }
 
     /// Makes a live block findable by its address; false where the host has no memory for that.
+    #[inline]
     pub(in crate::gpu) fn publish(&mut self, index: u32) -> bool {
-        if self.tag(index).batch & PUBLISHED != 0 {
+        let node = &self.nodes[index as usize];
+        let (tag, low) = (node.tag(), node.low());
+        if tag.batch & PUBLISHED != 0 {
             return true;
         }
-        // Short chains while they cost little; a block in many must stay below 32 bytes.
-        let load = if self.chains.len() < SHORT { 1 } else { 4 };
-        if self.published >= self.chains.len() * load && !self.grow_chains() {
+        if self.published >= self.most_published && !self.grow_chains() {
             return false;
         }
-        self.set_flags(index, self.tag(index).batch | PUBLISHED);
-        let chain = self.chain(self.nodes[index as usize].low());
-        self.nodes[index as usize].set_link_next(std::mem::replace(&mut self.chains[chain], index));
+        let chain = self.chain(low);
+        let node = &mut self.nodes[index as usize];
+        node.set_tag(Tag { lane: tag.lane, batch: tag.batch | PUBLISHED });
+        node.set_link_next(std::mem::replace(&mut self.chains[chain], index));
         self.published += 1;
         true
     }
 
+    #[cold]
     fn grow_chains(&mut self) -> bool {
         let mut chains = Vec::new();
         let len = (self.chains.len() * 2).max(16);
@@ -40,6 +43,9 @@ impl Ranges {
             return false;
         }
         chains.resize(len, NIL);
+        // Short chains while they cost little; a block in many must stay below 32 bytes.
+        self.most_published = len * if len < SHORT { 1 } else { 4 };
+        self.chain_shift = u32::BITS - len.ilog2();
         let old = std::mem::replace(&mut self.chains, chains);
         for mut at in old {
             while at != NIL {
@@ -52,15 +58,17 @@ impl Ranges {
         true
     }
 
+    #[inline]
     pub(super) fn unpublish(&mut self, index: u32) {
-        let chain = self.chain(self.nodes[index as usize].low());
-        let next = self.nodes[index as usize].link_next();
+        let node = &self.nodes[index as usize];
+        let (chain, next) = (self.chain(node.low()), node.link_next());
         self.published -= 1;
-        if self.chains[chain] == index {
-            self.chains[chain] = next;
+        let first = &mut self.chains[chain];
+        if *first == index {
+            *first = next;
             return;
         }
-        let mut at = self.chains[chain];
+        let mut at = *first;
         while at != NIL {
             let follow = self.nodes[at as usize].link_next();
             if follow == index {

@@ -36,7 +36,7 @@ mod walk;
 
 use std::collections::BTreeMap;
 
-use bins::{Bins, CLASSES};
+use bins::Bins;
 use node::{LIVE, NIL, Node};
 use segments::Segment;
 
@@ -101,6 +101,10 @@ pub(super) struct Ranges {
     segments: BTreeMap<usize, Segment>,
     chains: Vec<u32>,
     published: usize,
+    /// More blocks than this are published only after there are more chains.
+    most_published: usize,
+    /// What the hash of an address is shifted by to give its chain.
+    chain_shift: u32,
     clock: u64,
     pub(super) live_blocks: usize,
 }
@@ -119,6 +123,8 @@ impl Ranges {
             segments: BTreeMap::new(),
             chains: Vec::new(),
             published: 0,
+            most_published: 0,
+            chain_shift: 0,
             clock: 0,
             live_blocks: 0,
         }
@@ -164,7 +170,7 @@ impl Ranges {
     }
 
     pub(super) fn metadata_bytes(&self) -> usize {
-        self.nodes.capacity() * size_of::<Node>() + self.chains.capacity() * 4 + self.bins.len() * CLASSES * 4
+        self.nodes.capacity() * size_of::<Node>() + self.chains.capacity() * 4 + self.bins.capacity() * size_of::<Bins>()
     }
 
     /// A vacant node made this one; `None` where the host has no memory for one.
@@ -172,10 +178,16 @@ impl Ranges {
     fn new_node(&mut self, node: Node) -> Option<u32> {
         let index = self.vacant;
         if index != NIL {
-            self.vacant = self.nodes[index as usize].link_next();
-            self.nodes[index as usize] = node;
+            let vacant = &mut self.nodes[index as usize];
+            self.vacant = vacant.link_next();
+            *vacant = node;
             return Some(index);
         }
+        self.one_more_node(node)
+    }
+
+    #[cold]
+    fn one_more_node(&mut self, node: Node) -> Option<u32> {
         if self.nodes.len() == self.nodes.capacity() {
             // A thirty-second of slack keeps a block below 30 bytes.
             self.nodes.try_reserve_exact((self.nodes.len() / 32).max(64)).ok()?;

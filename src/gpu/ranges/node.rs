@@ -113,10 +113,11 @@ impl Node {
         }
     }
 
-    /// A live node of `lane` that begins where this one does.
+    /// A live node of `lane` that begins where this one does and lies in front of it, which has the number `this`.
     #[inline]
-    pub(super) fn live_here(&self, granules: u32, lane: u16) -> Self {
-        let links = self.links.map(|link| link | NIL);
+    pub(super) fn live_before(&self, this: u32, granules: u32, lane: u16) -> Self {
+        let mut links = self.links;
+        links[NEXT] = links[NEXT] & !NIL | this;
         Self { low: self.low, size_state: granules << 2 | LIVE, links, tag: u32::from(lane) }
     }
 
