@@ -75,7 +75,7 @@ impl Books {
     }
 
     fn alloc(&mut self, bytes: usize) -> Option<Placed> {
-        let ask = Ask { bytes, align: 256, lane: CLEAN };
+        let ask = Ask { bytes, align: 256, lane: CLEAN, by_address: false };
         let driver: &dyn Driver = &*self.gpu.0.driver.clone();
         if let Some(placed) = self.core.place(ask).or_else(|| self.core.place_slow(driver, ask)) {
             return Some(placed);

@@ -60,24 +60,26 @@ impl Core {
     }
 
     /// The block that begins at an address and was published.
-    #[inline]
     pub(in crate::gpu) fn find(&self, start: usize) -> Result<Ticket> {
+        self.find_live(start).ok_or_else(|| self.fault(start))
+    }
+
+    /// [`find`](Self::find), to be asked for the [`fault`](Self::fault) where there is none.
+    #[inline]
+    pub(in crate::gpu) fn find_live(&self, start: usize) -> Option<Ticket> {
         let found = match &self.pieces {
             Some(_) => {
                 let zone = if start < self.large_from { SMALL } else { LARGE };
-                self.zones[zone].find(start).map(|node| Ticket::new(zone, node))
+                Ticket::new(zone, self.zones[zone].find(start)?)
             }
-            None => (0..=LARGE).find_map(|zone| Some(Ticket::new(zone, self.zones[zone].find(start)?))),
+            None => (0..=LARGE).find_map(|zone| Some(Ticket::new(zone, self.zones[zone].find(start)?)))?,
         };
-        match found {
-            Some(ticket) if !self.is_cached(ticket) => Ok(ticket),
-            _ => Err(self.fault(start)),
-        }
+        (!self.is_cached(found)).then_some(found)
     }
 
     /// Why no block is found at an address.
     #[cold]
-    fn fault(&self, start: usize) -> Error {
+    pub(in crate::gpu) fn fault(&self, start: usize) -> Error {
         let Some(zone) = self.zones.iter().find(|zone| zone.owns(start)) else {
             return Error::pointer(start, PointerFault::Foreign);
         };

@@ -77,6 +77,8 @@ pub(super) struct Ask {
     pub(super) align: usize,
     /// The lane that will use the block; `CLEAN` for the CPU.
     pub(super) lane: u16,
+    /// To be found by its address, as far as there is room for that.
+    pub(super) by_address: bool,
 }
 
 /// Requests below these sizes go to the small and to the medium zone, so that a small block never pins a

@@ -63,19 +63,21 @@ impl Core {
 
     #[inline]
     pub(in crate::gpu) fn hand_out(&mut self, zone: usize, node: u32, ask: Ask) -> Placed {
-        let (start, len) = (self.zones[zone].start(node), self.zones[zone].len(node));
+        let ranges = &mut self.zones[zone];
+        let published = ask.by_address && ranges.publish(node);
+        let (start, len) = (ranges.start(node), ranges.len(node));
         self.live += len;
         let counters = &mut self.counters;
         counters.allocations += 1;
         counters.total += len as u64;
         counters.histogram[MemoryStats::bucket(ask.bytes)] += 1;
-        Placed { ticket: Ticket::new(zone, node), start, len, published: false }
+        Placed { ticket: Ticket::new(zone, node), start, len, published }
     }
 
     /// Gives a small zone a segment out of the large one.
     pub(super) fn nest(&mut self, driver: &dyn Driver, zone: usize, ask: Ask) -> bool {
         let bytes = SEGMENTS[zone];
-        let part = Ask { bytes, align: ask.align, lane: ask.lane };
+        let part = Ask { bytes, by_address: false, ..ask };
         let cut = self.cut_own(LARGE, part).or_else(|| self.cut_slow(driver, LARGE, part));
         let Some(node) = cut else { return false };
         let (start, bytes) = (self.zones[LARGE].start(node), self.zones[LARGE].len(node));

@@ -38,14 +38,15 @@ impl Core {
         if was.batch & RECORDED != 0 {
             self.records.remove(self.start(ticket));
         }
-        let alone = was.batch & SHARED == 0;
-        let tag = if alone && !self.order.is_capture(was.lane) && !self.order.is_capture(lane) {
-            self.tag_on(lane)
+        let public = !self.order.is_capture(lane) && (was.lane == lane || !self.order.is_capture(was.lane));
+        let (tag, public) = if public && was.batch & SHARED == 0 {
+            (self.tag_on(lane), public)
         } else {
-            self.tag_of_many(driver, ticket, lane, before)
+            let tag = self.tag_of_many(driver, ticket, lane, before);
+            (tag, !self.order.is_capture(tag.lane))
         };
         // The lane may use what is clean, so both are one range to it; others find out again what is complete.
-        let joins = tag.lane >= FIRST && !self.order.is_capture(tag.lane);
+        let joins = tag.lane >= FIRST && public;
         self.live -= len;
         let ranges = &mut self.zones[zone];
         let also = |other: Tag| joins && other.lane == CLEAN;

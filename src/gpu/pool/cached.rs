@@ -84,6 +84,6 @@ impl Inner {
         let overflow = Error::oom(bytes, OomReason::Overflow);
         let rounded = options::rounded(&self.config, bytes).ok_or(overflow)?;
         let align = align.max(self.config.alignment);
-        Ok((self.take_from_books(rounded, align, stream, session, flags, false)?, seat))
+        Ok((self.take_from_books(rounded, align, stream, session.as_ref(), flags, false)?, seat))
     }
 }

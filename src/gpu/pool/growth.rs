@@ -167,7 +167,7 @@ impl Inner {
             return Ok(Some(placed));
         }
         // What cannot be had in one piece of that size is had for this request alone.
-        let _ = self.reserve_pieces(zone, Ask { bytes: share, align: ask.align, lane: CLEAN });
+        let _ = self.reserve_pieces(zone, Ask { bytes: share, lane: CLEAN, by_address: false, ..ask });
         self.place_again(ask)
     }
 
@@ -245,8 +245,8 @@ impl Inner {
             return Ok(());
         }
         let overflow = Error::oom(bytes, OomReason::Overflow);
-        let ask =
-            Ask { bytes: options::rounded(&self.config, bytes).ok_or(overflow)?, align: 1, lane: CLEAN };
+        let bytes = options::rounded(&self.config, bytes).ok_or(overflow)?;
+        let ask = Ask { bytes, align: 1, lane: CLEAN, by_address: false };
         let _ticket = self.growth.lock();
         let driver = &*self.device.0.driver;
         let sizes = {
@@ -281,7 +281,8 @@ impl Inner {
         let _ticket = self.growth.lock();
         let zone = self.core.lock().zone_of(1);
         if zone != LARGE {
-            let _ = self.reserve_pieces(zone, Ask { bytes: unit, align: 1, lane: CLEAN });
+            let ask = Ask { bytes: unit, align: 1, lane: CLEAN, by_address: false };
+            let _ = self.reserve_pieces(zone, ask);
         }
     }
 

@@ -99,7 +99,7 @@ impl Inner {
 
     /// A block for work on `stream`, or for the CPU, and as far as there is room for that `by_address`: to be found by
     /// its address. `bytes` is not 0.
-    #[inline]
+    #[inline(never)]
     pub(super) fn take_plain(
         self: &Arc<Self>,
         bytes: usize,
@@ -115,39 +115,54 @@ impl Inner {
         if let Some(stream) = stream {
             self.accept(stream)?;
         }
-        let session = Self::session(stream)?;
         // What is plain at a glance was looked for in its cache before.
-        let whose = Whose::of(stream, session.as_ref())
-            .filter(|_| self.watch.is_some() || stream.is_some_and(Stream::may_be_captured));
-        let cache = whose.and_then(|whose| self.front.cache(whose)).filter(|cache| cache.blocks() != 0);
-        match cache.and_then(|cache| self.front.take(cache, rounded, align)) {
+        if self.watch.is_some() || stream.is_some_and(Stream::may_be_captured) {
+            return self.take_asked(rounded, align, stream, flags, by_address);
+        }
+        self.take_from_books(rounded, align, stream, None, flags, by_address)
+    }
+
+    /// [`take_plain`](Self::take_plain) where it takes more than a glance to say which cache it is.
+    #[inline(never)]
+    fn take_asked(
+        self: &Arc<Self>,
+        rounded: usize,
+        align: usize,
+        stream: Option<&Stream>,
+        flags: AllocFlags,
+        by_address: bool,
+    ) -> Result<Placed> {
+        let session = Self::session(stream)?;
+        let cache = Whose::of(stream, session.as_ref()).and_then(|whose| self.front.cache(whose));
+        match cache.filter(|cache| cache.blocks() != 0).and_then(|cache| self.front.take(cache, rounded, align)) {
             Some(placed) => Ok(placed),
-            None => self.take_from_books(rounded, align, stream, session, flags, by_address),
+            None => self.take_from_books(rounded, align, stream, session.as_ref(), flags, by_address),
         }
     }
 
-    #[inline(never)]
+    /// A block that no cache has, of a size that was rounded.
+    #[inline(always)]
     pub(super) fn take_from_books(
         self: &Arc<Self>,
         bytes: usize,
         align: usize,
         stream: Option<&Stream>,
-        session: Option<Arc<Session>>,
+        session: Option<&Arc<Session>>,
         flags: AllocFlags,
         by_address: bool,
     ) -> Result<Placed> {
-        let cache = Whose::of(stream, session.as_ref()).and_then(|whose| self.front.cache(whose));
+        let cache = Whose::of(stream, session).and_then(|whose| self.front.cache(whose));
         let driver = &*self.device.0.driver;
         let mut core = self.core.lock();
         self.open()?;
-        let lane = self.lane(&mut core, stream, session.as_ref())?;
-        let ask = Ask { bytes, align, lane };
+        let lane = self.lane(&mut core, stream, session)?;
+        let ask = Ask { bytes, align, lane, by_address };
         // What this stream freed joins its neighbours, or the best fit would not be seen; small blocks do when nothing
         // fits, in the books as well.
         if let Some(cache) = cache {
             self.front.take_large_back(&mut core, driver, cache, bytes);
         }
-        let mut placed = match core.place(ask).or_else(|| self.search(&mut core, ask)) {
+        let placed = match core.place(ask).or_else(|| self.search(&mut core, ask)) {
             Some(placed) => placed,
             None => {
                 drop(core);
@@ -156,7 +171,6 @@ impl Inner {
                 placed
             }
         };
-        placed.published = by_address && core.publish(placed.ticket);
         core.note_peak(|| self.front.low());
         if let Some(cache) = cache {
             self.front.settle_low(cache);
@@ -233,13 +247,27 @@ impl Inner {
         self.give_at_slow(start, stream)
     }
 
-    /// [`give_plain_at`](Self::give_plain_at) where it takes more than a look. The driver is asked about captures once,
-    /// and the books are locked once.
+    /// [`give_plain_at`](Self::give_plain_at) where it takes more than a look.
     #[inline(never)]
     fn give_at_slow(self: &Arc<Self>, start: usize, stream: Option<&Stream>) -> Result<()> {
-        let session = Self::session(stream);
-        if let Some(stream) = stream.filter(|stream| stream.may_be_captured())
-            && matches!(session, Ok(None))
+        if let Some(stream) = stream.filter(|stream| stream.may_be_captured()) {
+            return self.give_at_asked(start, stream);
+        }
+        let mut core = self.core.lock();
+        let Some(ticket) = core.find_live(start) else { return Err(core.fault(start)) };
+        let lane = stream.map_or(Some(CLEAN), |stream| core.order.lane(stream.slot()));
+        match lane {
+            Some(lane) => self.free_on(&mut core, ticket, stream, Whose::of(stream, None), lane, None),
+            None => self.free_in(&mut core, ticket, stream, &Ok(None)),
+        }
+        Ok(())
+    }
+
+    /// The same where the stream may be captured. The driver is asked about that once, and the books are locked once.
+    #[inline(never)]
+    fn give_at_asked(self: &Arc<Self>, start: usize, stream: &Stream) -> Result<()> {
+        let session = Self::session(Some(stream));
+        if matches!(session, Ok(None))
             && let Some(cache) = self.front.cache(Whose::Stream(stream.slot()))
             && self.front.give(cache, start, true)
         {
@@ -247,7 +275,8 @@ impl Inner {
         }
         let mut core = self.core.lock();
         let ticket = core.find(start)?;
-        self.free_in(&mut core, ticket, stream, &session);
+        self.free_in(&mut core, ticket, Some(stream), &session);
+        // The session is dropped with no lock held.
         drop(core);
         Ok(())
     }
@@ -263,7 +292,6 @@ impl Inner {
         self.free_in(&mut self.core.lock(), ticket, stream, &session);
     }
 
-    #[inline]
     fn free_in(
         self: &Arc<Self>,
         core: &mut Core,
@@ -273,9 +301,6 @@ impl Inner {
     ) {
         let session = session.as_ref().map(Option::as_ref).map_err(|error| *error);
         let whose = session.ok().and_then(|session| Whose::of(stream, session));
-        let driver = &*self.device.0.driver;
-        // What caches handed out since made the peak perhaps.
-        core.note_peak(|| self.front.low());
         let lanes = session.and_then(|session| {
             let lane = self.lane(core, stream, session)?;
             let captured = stream.filter(|_| session.is_some());
@@ -284,10 +309,27 @@ impl Inner {
         // No lane is to be had only while 4093 streams are in use: then the device is waited for instead.
         let (lane, before, whose) = match lanes {
             Ok((lane, before)) => (lane, before, whose),
-            Err(_) if driver.device_sync().is_ok() => (CLEAN, None, None),
+            Err(_) if self.device.0.driver.device_sync().is_ok() => (CLEAN, None, None),
             // The context is lost; the block must not be reused.
             Err(_) => return,
         };
+        self.free_on(core, ticket, stream, whose, lane, before);
+    }
+
+    /// Frees a block on `lane`, to the cache or the books. `before` is that of [`Core::free`].
+    #[inline]
+    fn free_on(
+        &self,
+        core: &mut Core,
+        ticket: Ticket,
+        stream: Option<&Stream>,
+        whose: Option<Whose>,
+        lane: u16,
+        before: Option<u16>,
+    ) {
+        let driver = &*self.device.0.driver;
+        // What caches handed out since made the peak perhaps.
+        core.note_peak(|| self.front.low());
         // What nobody could ask for again is not cached (invariant 2 of `handle`).
         let kept = whose.filter(|_| !self.users.is_none() && !stream.is_some_and(Stream::is_unused));
         if !kept.is_some_and(|whose| self.front.keep(core, driver, whose, lane, ticket)) {

@@ -26,7 +26,7 @@ use super::buffer::DeviceBuffer;
 use super::core::Placed;
 use super::device::GpuDevice;
 use super::driver::Space;
-use super::front::{PUBLISHED, Record};
+use super::front::PUBLISHED;
 use super::handle::Handle;
 use super::host::HostBuffer;
 use super::kind::{Device, HostAccessible, Managed, MemoryKind, Pinned};
@@ -148,7 +148,8 @@ impl<K: MemoryKind> GpuPool<K> {
     ) -> Result<NonNull<[u8]>> {
         match self.inner.take_record(bytes, align, stream) {
             Some(record) if record.flags() & PUBLISHED != 0 => Self::block(record.start(), record.len()),
-            record => self.raw_from_books(bytes, align, stream, flags, record.map(Record::placed)),
+            Some(record) => self.raw_published(record.placed(), stream),
+            None => self.raw_from_books(bytes, align, stream, flags),
         }
     }
 
@@ -157,7 +158,7 @@ impl<K: MemoryKind> GpuPool<K> {
         Ok(NonNull::slice_from_raw_parts(base, len))
     }
 
-    /// [`raw`](Self::raw) where there is more to do than to take a block out of a cache.
+    /// [`raw`](Self::raw) where no cache has a block.
     #[inline(never)]
     fn raw_from_books(
         &self,
@@ -165,15 +166,21 @@ impl<K: MemoryKind> GpuPool<K> {
         align: usize,
         stream: Option<&Stream>,
         flags: AllocFlags,
-        cached: Option<Placed>,
     ) -> Result<NonNull<[u8]>> {
-        let placed = match cached {
-            Some(placed) => placed,
-            None => self.inner.take(bytes, align, stream, flags, true)?,
-        };
-        if !placed.published && !self.inner.core.lock().publish(placed.ticket) {
+        let placed = self.inner.take(bytes, align, stream, flags, true)?;
+        if placed.published {
+            Self::block(placed.start, placed.len)
+        } else {
+            self.raw_published(placed, stream)
+        }
+    }
+
+    /// A block that could not be found by its address so far.
+    #[cold]
+    fn raw_published(&self, placed: Placed, stream: Option<&Stream>) -> Result<NonNull<[u8]>> {
+        if !self.inner.core.lock().publish(placed.ticket) {
             self.inner.give(placed.ticket, placed.start, placed.len, stream);
-            return Err(Error::oom(bytes, OomReason::Source));
+            return Err(Error::oom(placed.len, OomReason::Source));
         }
         Self::block(placed.start, placed.len)
     }
