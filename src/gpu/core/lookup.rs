@@ -67,14 +67,17 @@ impl Core {
     /// [`find`](Self::find), to be asked for the [`fault`](Self::fault) where there is none.
     #[inline]
     pub(in crate::gpu) fn find_live(&self, start: usize) -> Option<Ticket> {
-        let found = match &self.pieces {
-            Some(_) => {
-                let zone = if start < self.large_from { SMALL } else { LARGE };
-                Ticket::new(zone, self.zones[zone].find(start)?)
-            }
-            None => (0..=LARGE).find_map(|zone| Some(Ticket::new(zone, self.zones[zone].find(start)?)))?,
-        };
-        (!self.is_cached(found)).then_some(found)
+        if self.pieces.is_some() {
+            return self.find_in(if start < self.large_from { SMALL } else { LARGE }, start);
+        }
+        (0..=LARGE).find_map(|zone| self.find_in(zone, start))
+    }
+
+    #[inline]
+    fn find_in(&self, zone: usize, start: usize) -> Option<Ticket> {
+        let (node, flags) = self.zones[zone].find(start)?;
+        let ticket = Ticket::new(zone, node);
+        (flags & RECORDED == 0 || !self.is_cached(ticket)).then_some(ticket)
     }
 
     /// Why no block is found at an address.

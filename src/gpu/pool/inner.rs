@@ -152,7 +152,6 @@ impl Inner {
         by_address: bool,
     ) -> Result<Placed> {
         let cache = Whose::of(stream, session).and_then(|whose| self.front.cache(whose));
-        let driver = &*self.device.0.driver;
         let mut core = self.core.lock();
         self.open()?;
         let lane = self.lane(&mut core, stream, session)?;
@@ -160,16 +159,19 @@ impl Inner {
         // What this stream freed joins its neighbours, or the best fit would not be seen; small blocks do when nothing
         // fits, in the books as well.
         if let Some(cache) = cache {
-            self.front.take_large_back(&mut core, driver, cache, bytes);
+            self.front.take_large_back(&mut core, &*self.device.0.driver, cache, bytes);
         }
-        let placed = match core.place(ask).or_else(|| self.search(&mut core, ask)) {
+        let placed = match core.place(ask) {
             Some(placed) => placed,
-            None => {
-                drop(core);
-                let placed = self.take_growing(ask, flags)?;
-                core = self.core.lock();
-                placed
-            }
+            None => match self.search(&mut core, ask) {
+                Some(placed) => placed,
+                None => {
+                    drop(core);
+                    let placed = self.take_growing(ask, flags)?;
+                    core = self.core.lock();
+                    placed
+                }
+            },
         };
         core.note_peak(|| self.front.low());
         if let Some(cache) = cache {
@@ -317,7 +319,7 @@ impl Inner {
     }
 
     /// Frees a block on `lane`, to the cache or the books. `before` is that of [`Core::free`].
-    #[inline]
+    #[inline(always)]
     fn free_on(
         &self,
         core: &mut Core,

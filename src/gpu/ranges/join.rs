@@ -28,7 +28,7 @@ impl Ranges {
     }
 
     /// Makes a live node a free one that is in no bin yet.
-    #[inline]
+    #[inline(always)]
     fn make_free(&mut self, index: u32, tag: Tag) {
         if self.tag(index).batch & PUBLISHED != 0 {
             self.unpublish(index);

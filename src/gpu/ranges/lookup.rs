@@ -79,9 +79,9 @@ impl Ranges {
         }
     }
 
-    /// The published live block that begins at an address.
+    /// The published live block that begins at an address, and its flags.
     #[inline]
-    pub(in crate::gpu) fn find(&self, start: usize) -> Option<u32> {
+    pub(in crate::gpu) fn find(&self, start: usize) -> Option<(u32, u32)> {
         if self.chains.is_empty() || start & ((1 << self.shift) - 1) != 0 {
             return None;
         }
@@ -89,8 +89,8 @@ impl Ranges {
         let mut index = self.chains[self.chain(at as u32)];
         while index != NIL {
             let node = &self.nodes[index as usize];
-            if node.begins_at(at) {
-                return Some(index);
+            if node.at() == at {
+                return Some((index, node.tag().batch));
             }
             index = node.link_next();
         }

@@ -40,7 +40,6 @@ use bins::Bins;
 use node::{LIVE, NIL, Node};
 use segments::Segment;
 
-use crate::base::bits::round_up;
 use crate::base::policy::Strategy;
 
 /// Free for anybody: all work on it is known to be complete.
@@ -133,7 +132,7 @@ impl Ranges {
     /// Granules for `bytes`; `None` past what a node can count.
     #[inline]
     pub(super) fn granules(&self, bytes: usize) -> Option<u32> {
-        let granules = round_up(bytes, 1 << self.shift)? >> self.shift;
+        let granules = bytes.checked_add((1 << self.shift) - 1)? >> self.shift;
         u32::try_from(granules).ok().filter(|&granules| granules < 1 << 30)
     }
 

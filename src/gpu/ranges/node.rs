@@ -1,12 +1,13 @@
 //! One range's entry in the books: 28 bytes, the price of a block.
 //!
 //! ```text
-//!   low        32 bits   of the range's number: its first address in granules
+//!   low, high  48 bits   the range's number: its first address in granules
+//!   before     16 bits   of the neighbour in front in a list, which is asked for least
 //!   size       30 bits   granules, and two bits of state
-//!   links  4 × 28 bits   neighbours by address, neighbours in a list; four bits each carry the rest of the number
+//!   links  3 × 28 bits   neighbours by address, the next in a list; four bits each carry the rest of the one before
 //!   tag        32 bits   lane, and batch or flags
 //! ```
-//! So a number has 48 bits: with granules of 64 bytes or more that is more than any address.
+//! With granules of 64 bytes or more 48 bits are more than any address.
 
 #![forbid(unsafe_code)]
 
@@ -22,15 +23,16 @@ pub(super) const NIL: u32 = (1 << LINK_BITS) - 1;
 
 const PREV: usize = 0;
 const NEXT: usize = 1;
-const LINK_PREV: usize = 2;
-const LINK_NEXT: usize = 3;
+const LINK_NEXT: usize = 2;
 
 /// See the [module](self).
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Node {
+    links: [u32; 3],
     low: u32,
+    high: u16,
+    before: u16,
     size_state: u32,
-    links: [u32; 4],
     tag: u32,
 }
 
@@ -53,7 +55,7 @@ impl Node {
     /// A node of this number and size, with no neighbours.
     #[inline]
     pub(super) fn new(at: usize, granules: u32, state: u32, tag: Tag) -> Self {
-        let mut node = Self { low: 0, size_state: 0, links: [NIL; 4], tag: 0 };
+        let mut node = Self { links: [NIL; 3], low: 0, high: 0, before: 0, size_state: 0, tag: 0 };
         node.set_at(at);
         node.set(granules, state);
         node.set_tag(tag);
@@ -63,16 +65,29 @@ impl Node {
     links! {
         prev, set_prev: PREV, "The neighbour in front by address.";
         next, set_next: NEXT, "The neighbour behind by address.";
-        link_prev, set_link_prev: LINK_PREV, "Free: the one before in its bin.";
         link_next, set_link_next: LINK_NEXT,
             "Free: the next in its bin. Live and published: in its look-up chain. Vacant: among the vacant.";
+    }
+
+    /// Free: the one before in its bin.
+    #[inline]
+    pub(super) fn link_prev(&self) -> u32 {
+        let [a, b, c] = self.links.map(|link| link >> LINK_BITS);
+        u32::from(self.before) | (a | b << 4 | c << 8) << 16
+    }
+
+    #[inline]
+    pub(super) fn set_link_prev(&mut self, to: u32) {
+        self.before = to as u16;
+        for (index, link) in self.links.iter_mut().enumerate() {
+            *link = *link & NIL | to >> (16 + 4 * index) << LINK_BITS;
+        }
     }
 
     /// The first address in granules.
     #[inline]
     pub(super) fn at(&self) -> usize {
-        let [a, b, c, d] = self.links.map(|link| (link >> LINK_BITS) as usize);
-        self.low as usize | (a | b << 4 | c << 8 | d << 12) << 32
+        self.low as usize | (self.high as usize) << 32
     }
 
     /// The low bits of that.
@@ -81,44 +96,28 @@ impl Node {
         self.low
     }
 
-    /// Whether this is the first address in granules.
-    #[inline]
-    pub(super) fn begins_at(&self, at: usize) -> bool {
-        self.low == at as u32 && self.at() == at
-    }
-
     #[inline]
     pub(super) fn set_at(&mut self, at: usize) {
-        self.low = at as u32;
-        for (index, link) in self.links.iter_mut().enumerate() {
-            *link = *link & NIL | ((at >> (32 + 4 * index) & 15) as u32) << LINK_BITS;
-        }
+        (self.low, self.high) = (at as u32, (at >> 32) as u16);
     }
 
     /// Begins so many granules later.
     #[inline]
     pub(super) fn advance(&mut self, granules: u32) {
-        match self.low.checked_add(granules) {
-            Some(low) => self.low = low,
-            None => self.set_at(self.at() + granules as usize),
-        }
+        self.set_at(self.at() + granules as usize);
     }
 
     /// Begins where another node does.
     #[inline]
     pub(super) fn begin_as(&mut self, other: &Self) {
-        self.low = other.low;
-        for (mine, theirs) in self.links.iter_mut().zip(other.links) {
-            *mine = *mine & NIL | theirs & !NIL;
-        }
+        (self.low, self.high) = (other.low, other.high);
     }
 
     /// A live node of `lane` that begins where this one does and lies in front of it, which has the number `this`.
     #[inline]
     pub(super) fn live_before(&self, this: u32, granules: u32, lane: u16) -> Self {
-        let mut links = self.links;
-        links[NEXT] = links[NEXT] & !NIL | this;
-        Self { low: self.low, size_state: granules << 2 | LIVE, links, tag: u32::from(lane) }
+        let links = [self.links[PREV], this, NIL];
+        Self { links, size_state: granules << 2 | LIVE, tag: u32::from(lane), ..*self }
     }
 
     #[inline]
@@ -164,7 +163,6 @@ mod tests {
             assert_eq!((node.prev(), node.next(), node.link_prev(), node.link_next()), (5, NIL, NIL - 1, 0));
             node.set_at(at ^ 0x8000_0000_0001);
             assert_eq!((node.at(), node.prev(), node.next()), (at ^ 0x8000_0000_0001, 5, NIL));
-            assert!(node.begins_at(at ^ 0x8000_0000_0001) && !node.begins_at(at));
             assert_eq!(node.tag(), Tag { lane: 7, batch: 39 });
         }
     }
