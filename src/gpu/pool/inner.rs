@@ -134,7 +134,10 @@ impl Inner {
     ) -> Result<Placed> {
         let session = Self::session(stream)?;
         let cache = Whose::of(stream, session.as_ref()).and_then(|whose| self.front.cache(whose));
-        match cache.filter(|cache| cache.blocks() != 0).and_then(|cache| self.front.take(cache, rounded, align)) {
+        match cache
+            .filter(|cache| cache.blocks() != 0)
+            .and_then(|cache| self.front.take(cache, rounded, align))
+        {
             Some(placed) => Ok(placed),
             None => self.take_from_books(rounded, align, stream, session.as_ref(), flags, by_address),
         }

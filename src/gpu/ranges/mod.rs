@@ -169,7 +169,9 @@ impl Ranges {
     }
 
     pub(super) fn metadata_bytes(&self) -> usize {
-        self.nodes.capacity() * size_of::<Node>() + self.chains.capacity() * 4 + self.bins.capacity() * size_of::<Bins>()
+        self.nodes.capacity() * size_of::<Node>()
+            + self.chains.capacity() * 4
+            + self.bins.capacity() * size_of::<Bins>()
     }
 
     /// A vacant node made this one; `None` where the host has no memory for one.

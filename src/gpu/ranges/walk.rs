@@ -67,7 +67,9 @@ impl Ranges {
                     LIVE => {
                         live += 1;
                         published += usize::from(node.tag().batch & PUBLISHED != 0);
-                        if node.tag().batch & PUBLISHED != 0 && self.find(self.place(node)).is_none_or(|(found, _)| found != at) {
+                        if node.tag().batch & PUBLISHED != 0
+                            && self.find(self.place(node)).is_none_or(|(found, _)| found != at)
+                        {
                             return broken("4: published blocks are found", self.place(node));
                         }
                     }
