@@ -135,7 +135,9 @@ impl Pieces {
 
     /// The mapped pieces that begin in `[from, to)`.
     pub(in crate::gpu) fn within(&self, from: usize, to: usize) -> impl Iterator<Item = (usize, Piece)> + '_ {
-        self.mapped.range(from..to.max(from)).map(|(&at, &piece)| (at, piece))
+        // One bound is found faster than two.
+        let behind = self.mapped.range(from..).map(|(&at, &piece)| (at, piece));
+        behind.take_while(move |&(at, _)| at < to)
     }
 
     /// Whether there is memory at an address.
