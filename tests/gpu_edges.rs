@@ -132,6 +132,30 @@ fn streams_end_while_blocks_are_out() {
     }
 }
 
+/// The books of streams that ended serve those that come later: a search looks at all there ever were at once.
+#[test]
+fn streams_that_come_and_go_leave_no_books_behind() {
+    let gpu = device(3, 256 * MIB);
+    let pool = DevicePool::new(&gpu, PoolConfig::default_gpu()).unwrap();
+    let turns = |number: usize| {
+        for turn in 0..number {
+            let stream = gpu.new_stream().unwrap();
+            let block = pool.allocate_async(2 * MIB, &stream).unwrap();
+            busy(&gpu, &stream, block.as_ptr() as usize, 2 * MIB);
+            // SAFETY: all work on it was issued to the stream.
+            unsafe { pool.deallocate_async(block, &stream) };
+            if turn % 16 == 0 {
+                clean(&gpu);
+            }
+        }
+        clean(&gpu);
+        pool.metadata_size()
+    };
+    let books = turns(200);
+    assert!(turns(3000) < books + (64 << 10), "{books} bytes before");
+    pool.check().unwrap();
+}
+
 #[test]
 fn default_streams_order_memory_as_others_do() {
     let gpu = device(3, 64 * MIB);

@@ -25,6 +25,9 @@ use super::driver::{Capture, Driver, RawEvent, RawStream};
 use super::ranges::{CLEAN, FIRST, HOLE, MAX_BATCH, MAX_LANES, MIXED, Tag};
 use crate::base::error::{Error, Result};
 
+/// So many lanes are opened before vacant ones are looked for, and more only where few are: a search looks at all.
+const ENOUGH: usize = if cfg!(test) { 6 } else { 64 };
+
 /// One stream, as one pool sees it.
 #[derive(Debug, Default)]
 struct Lane {
@@ -86,6 +89,10 @@ pub(super) enum Mutant {
 #[derive(Debug)]
 pub(super) struct Order {
     lanes: Vec<Lane>,
+    /// Lanes to be given on, to which nothing refers any more.
+    vacant: Vec<u16>,
+    /// With so many lanes vacant ones are looked for.
+    enough: usize,
     /// The lane of each stream of the device; `CLEAN` for none.
     by_slot: Vec<u16>,
     /// By the number of the capture and the slot of the stream.
@@ -102,6 +109,8 @@ impl Order {
     pub(super) fn new() -> Self {
         Self {
             lanes: std::iter::repeat_with(Lane::default).take(FIRST.into()).collect(),
+            vacant: Vec::new(),
+            enough: ENOUGH,
             by_slot: Vec::new(),
             captures: HashMap::new(),
             mixed: Vec::new(),
@@ -153,22 +162,39 @@ impl Order {
     }
 
     fn vacant_lane(&mut self, unused: impl FnOnce() -> Vec<bool>) -> Result<u16> {
-        if self.lanes.len() < MAX_LANES {
-            self.lanes.push(Lane { open: 1, ..Lane::default() });
-            return Ok(self.lanes.len() as u16 - 1);
+        if self.vacant.is_empty() && self.is_full() {
+            self.find_vacant(&unused());
         }
-        let unused = unused();
-        let vacant = (FIRST.into()..self.lanes.len()).find(|&lane| {
-            let state = &self.lanes[lane];
+        if let Some(lane) = self.vacant.pop() {
+            self.lanes[lane as usize].waited.clear();
+            return Ok(lane);
+        }
+        if self.lanes.len() == MAX_LANES {
+            return Err(Error::refused(
+                "more than 4093 streams use this pool at once",
+                "drop streams that are no longer needed, or share streams",
+            ));
+        }
+        self.lanes.push(Lane { open: 1, ..Lane::default() });
+        Ok(self.lanes.len() as u16 - 1)
+    }
+
+    /// Whether the next lane should rather be one that is given on.
+    pub(super) fn is_full(&self) -> bool {
+        self.lanes.len() >= self.enough
+    }
+
+    fn find_vacant(&mut self, unused: &[bool]) {
+        let vacant = (FIRST..self.lanes()).filter(|&lane| {
+            let state = &self.lanes[lane as usize];
             let idle = state.stream.is_none() && state.capture.is_none() && state.sealed.is_empty();
-            idle && unused[lane] && state.open < MAX_BATCH - 1
+            idle && unused[lane as usize] && state.open < MAX_BATCH - 1
         });
-        let lane = vacant.ok_or(Error::refused(
-            "more than 4093 streams use this pool at once",
-            "drop streams that are no longer needed, or share streams",
-        ))?;
-        self.lanes[lane].waited.clear();
-        Ok(lane as u16)
+        self.vacant.extend(vacant);
+        // So each look pays: it finds many, or is not taken soon again.
+        if self.vacant.len() < self.enough / 4 {
+            self.enough = (2 * self.enough).min(MAX_LANES);
+        }
     }
 
     /// The private lane of a stream in a capture: branches of a graph run at the same time, so each reuses what it

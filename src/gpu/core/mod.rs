@@ -196,6 +196,10 @@ impl Core {
 
     #[cold]
     fn open_lane(&mut self, stream: &Stream) -> Result<u16> {
+        if self.order.is_full() {
+            // What closed lanes freed is clean then, and no longer theirs.
+            self.settle(&*stream.device().0.driver);
+        }
         let (zones, shared, lanes) = (&self.zones, &self.shared, self.order.lanes());
         let unused = || Self::unused_lanes(zones, shared, lanes.into());
         let lane = self.order.open_lane(stream.slot(), stream.raw(), stream.thread(), unused)?;
