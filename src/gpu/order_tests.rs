@@ -5,7 +5,7 @@
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::driver::sim::{SimConfig, Touch};
+use super::driver::sim::{HazardKind, SimConfig, Touch};
 use super::order::Mutant;
 use super::{DevicePool, GpuDevice, Stream};
 use crate::base::config::PoolConfig;
@@ -151,4 +151,37 @@ fn every_missing_step_is_found_out() {
         let caught = (0..schedules()).find(|&seed| program(seed, 200, Some(mutant), from) != 0);
         assert!(caught.is_some(), "{mutant:?} survived {} schedules", schedules());
     }
+}
+
+#[test]
+fn memory_at_two_addresses_is_seen_as_one() {
+    const UNIT: usize = 2 << 20;
+    let gpu = GpuDevice::simulated(SimConfig::default().eagerness(0));
+    let sim = gpu.simulation().unwrap();
+    let driver = gpu.0.driver.clone();
+    let (one, two) = (gpu.new_stream().unwrap(), gpu.new_stream().unwrap());
+    let start = driver.reserve_va(2 * UNIT).unwrap();
+    let handle = driver.create_handle(UNIT).unwrap();
+    for at in [start, start + UNIT] {
+        // SAFETY: just reserved, and nothing is mapped there.
+        unsafe { driver.map(at, UNIT, handle) }.unwrap();
+    }
+    // SAFETY: both mappings.
+    unsafe { driver.set_access(start, 2 * UNIT) }.unwrap();
+    driver.block_taken(start, UNIT, Some(one.raw()));
+    sim.launch(&one, 100, &[Touch::write(start + 4096, 64)], |_| {}).unwrap();
+    driver.block_freed(start, UNIT);
+    driver.block_taken(start + UNIT, 4096, Some(two.raw()));
+    assert_eq!(sim.hazards().len(), 0, "other bytes");
+    driver.block_taken(start + UNIT + 4096, 4096, Some(one.raw()));
+    assert_eq!(sim.hazards().len(), 0, "the same stream");
+    sim.launch(&one, 100, &[Touch::write(start + UNIT + 4096, 64)], |_| {}).unwrap();
+    driver.block_taken(start, UNIT, Some(two.raw()));
+    let kinds: Vec<HazardKind> = sim.hazards().iter().map(|hazard| hazard.kind).collect();
+    assert_eq!(kinds, [HazardKind::ReusedInUse]);
+    sim.run_all();
+    // SAFETY: whole mappings, and all work is complete.
+    unsafe { driver.unmap(start, 2 * UNIT) }.unwrap();
+    // SAFETY: the handle is mapped nowhere, then nothing is mapped in the range.
+    unsafe { driver.release_handle(handle).and_then(|()| driver.free_va(start, 2 * UNIT)) }.unwrap();
 }

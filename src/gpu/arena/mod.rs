@@ -8,7 +8,8 @@
 //! missing; what is missing comes from pieces that lie wholly free elsewhere (unmapped there, mapped here), and
 //! from the driver only when there are none, or when pieces would move all the time (`unrest`). So what a pool
 //! reserves follows what is live, whatever the order in which blocks come and go, and nothing waits for the
-//! device: a piece moves only when all work on it is known to be complete.
+//! device: a piece moves only when all work on it is known to be complete. It stays mapped where it was as well, until
+//! something else is to lie there (`shadows`).
 //!
 //! A miss has three steps. [`Core::plan`] claims the place and takes the pieces out, under the pool's lock; the
 //! driver is called with no lock held (see `pool::source`); [`Core::finish`] makes the block, or puts everything
@@ -19,15 +20,17 @@
 //! 2. A piece is taken from where it lies only out of a range of lane `CLEAN`.
 //! 3. One plan is under way at a time (the pool's growth lock).
 //! 4. `reserved` is the bytes of all pieces while no plan is under way.
+//! 5. A shadow lies in a hole, overlaps no other, and shows a piece of the pool that lies elsewhere or nowhere.
 
 #![forbid(unsafe_code)]
 
 mod pieces;
+mod shadows;
 #[cfg(test)]
 mod tests;
 mod unrest;
 
-pub(super) use pieces::{From, Piece, Pieces};
+pub(super) use pieces::{From, Leaving, Piece, Pieces, Step};
 pub(super) use unrest::Unrest;
 
 use pieces::Gap;
@@ -38,21 +41,15 @@ use crate::base::bits::round_up;
 use crate::base::error::{Error, OomReason, Result};
 use crate::engine::Broken;
 
-/// A piece of memory for a stretch of a gap.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Step {
-    pub(super) to: usize,
-    pub(super) len: usize,
-    pub(super) from: From,
-}
-
 /// What the driver has to do for a request, and what was claimed for it meanwhile.
 #[derive(Debug)]
 pub(super) struct Plan {
     /// The filling of each gap, from low to high addresses.
     pub(super) gaps: Vec<Vec<Step>>,
+    /// Shadows to be unmapped first, by address: they lie in the way, or are too many.
+    pub(super) in_the_way: Vec<(usize, Piece)>,
     /// Pieces to be given back first.
-    pub(super) releases: Vec<(usize, Piece)>,
+    pub(super) releases: Vec<Leaving>,
     zone: usize,
     claims: Vec<(u32, Tag)>,
     start: usize,
@@ -69,6 +66,8 @@ pub(super) struct Done {
     pub(super) mapped: Vec<(usize, Piece)>,
     /// Pieces that lie nowhere.
     pub(super) spare: Vec<Piece>,
+    /// Where pieces are mapped beside that.
+    pub(super) shadows: Vec<(usize, Piece)>,
     pub(super) error: Option<Error>,
 }
 
@@ -87,6 +86,7 @@ impl Core {
         let parts = self.zones[zone].covering(first, end, &usable).ok_or(full)?;
         let plan = Plan {
             gaps: Vec::new(),
+            in_the_way: Vec::new(),
             releases: Vec::new(),
             zone,
             claims: Vec::new(),
@@ -117,6 +117,7 @@ impl Core {
         let parts = self.zones[zone].covering(self.zones[zone].after(node), end, &usable)?;
         let plan = Plan {
             gaps: Vec::new(),
+            in_the_way: Vec::new(),
             releases: Vec::new(),
             zone,
             claims: Vec::new(),
@@ -143,18 +144,19 @@ impl Core {
                 high: part.start + part.len,
             })
             .collect();
-        let choose = |at_hand: &mut Vec<(usize, From)>, usual| -> Vec<Vec<(usize, From)>> {
-            gaps.iter().map(|gap| pieces.choose(gap, at_hand, usual)).collect()
+        let choose = |at_hand: &mut Vec<(usize, From)>, usual| -> Vec<Vec<Step>> {
+            gaps.iter().map(|gap| pieces.fill(gap, at_hand, usual)).collect()
         };
-        let new_bytes = |chosen: &[Vec<(usize, From)>]| -> usize {
-            chosen.iter().flatten().filter(|(_, from)| *from == From::New).map(|(len, _)| len).sum()
+        let new_bytes = |chosen: &[Vec<Step>]| -> usize {
+            chosen.iter().flatten().filter(|step| step.from == From::New).map(|step| step.len).sum()
         };
         let lacking: usize = gaps.iter().map(|gap| gap.end - gap.start).sum();
         let usual = Some(pieces.usual(lacking));
         let mut at_hand = self.at_hand(plan.start, end);
         let before = at_hand.clone();
         let mut chosen = choose(&mut at_hand, usual);
-        let moves = chosen.iter().flatten().any(|(_, from)| matches!(from, From::Mapped(..)));
+        let moves =
+            chosen.iter().flatten().any(|step| matches!(step.from, From::Mapped(..)) && !step.shadowed);
         let served = self.served();
         if moves && let Some(most) = self.unrest.allows(served, self.live + lacking, self.reserved) {
             let is_spare = |(_, from): &&(usize, From)| matches!(from, From::Spare(_));
@@ -175,27 +177,25 @@ impl Core {
         // What is at hand and fits nowhere goes back, rather than that the pool takes more than ever.
         let (new, most) = (new_bytes(&chosen), max_size.min(self.peak_reserved()));
         let mut reserved = self.reserved;
-        let mut spares = Vec::new();
+        let mut leaving = Vec::new();
         while new != 0 && reserved + new > most {
             let Some((len, from)) = at_hand.pop() else { break };
             reserved -= len;
             match from {
-                From::Mapped(at, _) => plan.releases.push((at, pieces.within(at, at + 1).next()?.1)),
-                From::Spare(handle) => spares.push(handle),
+                From::Mapped(at, handle) => leaving.push((Some(at), Piece { len, handle })),
+                From::Spare(handle) => leaving.push((None, Piece { len, handle })),
                 From::New => {}
             }
         }
         if reserved + new > max_size {
             return None;
         }
-        for (gap, chosen) in gaps.iter().zip(chosen) {
-            let addresses = gap.addresses(chosen.iter().map(|&(len, _)| len));
-            let steps = chosen.into_iter().zip(addresses).map(|((len, from), to)| Step { to, len, from });
-            let mut steps: Vec<Step> = steps.collect();
+        for mut steps in chosen {
             steps.sort_unstable_by_key(|step| step.to);
             plan.gaps.push(steps);
         }
-        self.claim(plan, parts, &spares)
+        plan.in_the_way = pieces.in_the_way(&plan.gaps);
+        self.claim(plan, parts, leaving)
     }
 
     /// What lies wholly free outside of `[start, end)`, and what lies nowhere, by length.
@@ -238,13 +238,18 @@ impl Core {
         }
     }
 
-    fn claim(&mut self, mut plan: Plan, parts: &[Range], spares: &[super::driver::Handle]) -> Option<Plan> {
+    fn claim(
+        &mut self,
+        mut plan: Plan,
+        parts: &[Range],
+        leaving: Vec<(Option<usize>, Piece)>,
+    ) -> Option<Plan> {
         let taken: Vec<usize> = plan
             .gaps
             .iter()
             .flatten()
             .filter_map(|step| if let From::Mapped(at, _) = step.from { Some(at) } else { None })
-            .chain(plan.releases.iter().map(|(at, _)| *at))
+            .chain(leaving.iter().filter_map(|(at, _)| *at))
             .collect();
         // Each cut makes two nodes at most; with them at hand nothing below fails.
         let nodes = 2 * (parts.len() + taken.len()) + 4;
@@ -272,10 +277,17 @@ impl Core {
             if let From::Spare(handle) = step.from {
                 pieces.take_spare(handle);
             }
+            if step.shadowed {
+                pieces.take_shadow(step.to);
+            }
         }
-        for &handle in spares {
-            plan.releases.extend(pieces.take_spare(handle).map(|piece| (0, piece)));
+        for (at, _) in &plan.in_the_way {
+            pieces.take_shadow(*at);
         }
+        for (_, piece) in leaving.iter().filter(|(at, _)| at.is_none()) {
+            pieces.take_spare(piece.handle);
+        }
+        plan.releases = pieces.leave(leaving);
         Some(plan)
     }
 
@@ -313,9 +325,7 @@ impl Core {
 
     fn settle_plan(&mut self, plan: &Plan, done: Done) -> Result<()> {
         self.note_source_call();
-        for piece in done.spare {
-            self.pieces.iter_mut().for_each(|pieces| pieces.put_spare(piece));
-        }
+        self.pieces.iter_mut().for_each(|pieces| pieces.keep(&done));
         if done.error.is_some() {
             if plan.for_rest {
                 self.unrest.refused(self.reserved);
@@ -326,7 +336,6 @@ impl Core {
         }
         for &(at, piece) in &done.mapped {
             let planned = plan.gaps.iter().flatten().any(|step| step.to == at);
-            self.pieces.iter_mut().for_each(|pieces| pieces.insert(at, piece));
             // What could not be moved, or was moved in vain.
             if done.error.is_some() || !planned {
                 self.zones.iter_mut().any(|zone| zone.convert(HOLE, at, piece.len, Tag::CLEAN));
@@ -337,7 +346,7 @@ impl Core {
     }
 
     /// Takes idle pieces of at most `at_most` bytes together out of use, to be given back.
-    pub(super) fn take_idle(&mut self, at_most: usize) -> Vec<(usize, Piece)> {
+    pub(super) fn take_idle(&mut self, at_most: usize) -> Vec<Leaving> {
         self.join_all_loose();
         let mut room = at_most;
         let mut idle = Vec::new();
@@ -351,24 +360,21 @@ impl Core {
                 From::Mapped(at, _) => {
                     let Some(piece) = pieces.remove(at) else { continue };
                     self.make_hole(at, len);
-                    idle.push((at, piece));
+                    idle.push((Some(at), piece));
                 }
-                From::Spare(handle) => idle.extend(pieces.take_spare(handle).map(|piece| (0, piece))),
+                From::Spare(handle) => idle.extend(pieces.take_spare(handle).map(|piece| (None, piece))),
                 From::New => continue,
             }
             room -= len;
         }
-        idle
+        self.pieces.as_mut().map_or_else(Vec::new, |pieces| pieces.leave(idle))
     }
 
     /// Takes back what the driver did not want; notes what is gone.
     pub(super) fn idle_given(&mut self, done: Done) {
         self.note_source_call();
-        for piece in done.spare {
-            self.pieces.iter_mut().for_each(|pieces| pieces.put_spare(piece));
-        }
+        self.pieces.iter_mut().for_each(|pieces| pieces.keep(&done));
         for (at, piece) in done.mapped {
-            self.pieces.iter_mut().for_each(|pieces| pieces.insert(at, piece));
             self.zones.iter_mut().any(|zone| zone.convert(HOLE, at, piece.len, Tag::CLEAN));
         }
         self.set_reserved(self.pieces.as_ref().map_or(0, Pieces::bytes));
@@ -416,6 +422,9 @@ impl Core {
         }
         if let Some(at) = broken {
             return Err(Broken { invariant: "what is no hole has memory behind it", at });
+        }
+        if let Some(at) = pieces.misplaced_shadow() {
+            return Err(Broken { invariant: "a shadow of a piece lies in a hole", at });
         }
         if backed != pieces.mapped_bytes() {
             return Err(Broken { invariant: "memory lies where ranges are", at: backed });

@@ -6,8 +6,10 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
+use super::Done;
+use super::shadows::Shadows;
 use crate::gpu::driver::Handle;
 
 /// Pieces grow with the pool up to this size, ...
@@ -37,6 +39,25 @@ pub(in crate::gpu) enum From {
     New,
 }
 
+/// A piece of memory for a stretch of a gap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::gpu) struct Step {
+    pub(in crate::gpu) to: usize,
+    pub(in crate::gpu) len: usize,
+    pub(in crate::gpu) from: From,
+    /// The piece's shadow lies there: nothing is to be mapped.
+    pub(in crate::gpu) shadowed: bool,
+}
+
+/// A piece that is to be given back to the driver, and all addresses at which it is mapped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::gpu) struct Leaving {
+    pub(in crate::gpu) piece: Piece,
+    /// Where it lies, if it lies anywhere.
+    pub(in crate::gpu) home: Option<usize>,
+    pub(in crate::gpu) shadows: Vec<usize>,
+}
+
 /// A stretch of a gap without memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::gpu) struct Gap {
@@ -49,6 +70,11 @@ pub(in crate::gpu) struct Gap {
 }
 
 impl Gap {
+    /// Whether nothing is to be filled, as on the side of a shadow that reaches beyond the gap.
+    fn is_empty(&self) -> bool {
+        self.start >= self.end
+    }
+
     /// Bytes that may be filled: the gap, and the hole on the side where no memory adjoins.
     fn room(&self) -> usize {
         if self.upwards() { self.high - self.start } else { self.end - self.low }
@@ -59,20 +85,22 @@ impl Gap {
         self.end != self.high || self.start == self.low
     }
 
-    /// The addresses of pieces of these lengths in the gap.
-    pub(in crate::gpu) fn addresses(&self, lengths: impl Iterator<Item = usize>) -> Vec<usize> {
+    /// Pieces of these lengths side by side in the gap.
+    fn steps(&self, chosen: Vec<(usize, From)>) -> Vec<Step> {
         let mut at = if self.upwards() { self.start } else { self.end };
-        lengths
-            .map(|len| {
-                if self.upwards() {
-                    at += len;
-                    at - len
-                } else {
-                    at -= len;
-                    at
-                }
-            })
-            .collect()
+        let step = |(len, from)| {
+            let to = if self.upwards() { at } else { at - len };
+            at = if self.upwards() { at + len } else { at - len };
+            Step { to, len, from, shadowed: false }
+        };
+        chosen.into_iter().map(step).collect()
+    }
+
+    /// What is left of the gap in front of a shadow and behind it.
+    fn around(&self, from: usize, to: usize) -> (Self, Self) {
+        let front = Self { end: from.max(self.start), high: from, ..*self };
+        let back = Self { start: to.min(self.end), low: to, ..*self };
+        (front, back)
     }
 }
 
@@ -81,6 +109,7 @@ impl Gap {
 pub(in crate::gpu) struct Pieces {
     pub(in crate::gpu) unit: usize,
     mapped: BTreeMap<usize, Piece>,
+    shadows: Shadows,
     pub(in crate::gpu) spare: Vec<Piece>,
     bytes: usize,
     spare_bytes: usize,
@@ -89,7 +118,8 @@ pub(in crate::gpu) struct Pieces {
 impl Pieces {
     /// Pieces in multiples of `unit`, a power of two.
     pub(in crate::gpu) fn new(unit: usize) -> Self {
-        Self { unit, mapped: BTreeMap::new(), spare: Vec::new(), bytes: 0, spare_bytes: 0 }
+        let (mapped, shadows) = (BTreeMap::new(), Shadows::default());
+        Self { unit, mapped, shadows, spare: Vec::new(), bytes: 0, spare_bytes: 0 }
     }
 
     /// Bytes of all pieces.
@@ -104,13 +134,8 @@ impl Pieces {
 
     pub(in crate::gpu) fn metadata_bytes(&self) -> usize {
         // A B-tree's nodes are two thirds full or more, but for small ones.
-        self.mapped.len() * (size_of::<usize>() + size_of::<Piece>()) * 3 / 2
+        (self.mapped.len() + self.shadows.len()) * (size_of::<usize>() + size_of::<Piece>()) * 3 / 2
             + self.spare.capacity() * size_of::<Piece>()
-    }
-
-    pub(in crate::gpu) fn insert(&mut self, at: usize, piece: Piece) {
-        self.bytes += piece.len;
-        self.mapped.insert(at, piece);
     }
 
     pub(in crate::gpu) fn remove(&mut self, at: usize) -> Option<Piece> {
@@ -119,7 +144,7 @@ impl Pieces {
         Some(piece)
     }
 
-    pub(in crate::gpu) fn put_spare(&mut self, piece: Piece) {
+    fn put_spare(&mut self, piece: Piece) {
         self.bytes += piece.len;
         self.spare_bytes += piece.len;
         self.spare.push(piece);
@@ -146,10 +171,53 @@ impl Pieces {
         last.is_some_and(|(at, piece)| address < at + piece.len)
     }
 
+    /// Notes where pieces are.
+    pub(in crate::gpu) fn keep(&mut self, done: &Done) {
+        self.bytes += done.mapped.iter().map(|(_, piece)| piece.len).sum::<usize>();
+        self.mapped.extend(done.mapped.iter().copied());
+        done.spare.iter().for_each(|&piece| self.put_spare(piece));
+        done.shadows.iter().for_each(|&(at, piece)| self.shadows.put(at, piece));
+    }
+
+    /// A shadow goes, or a piece comes back to it.
+    pub(super) fn take_shadow(&mut self, at: usize) {
+        self.shadows.take(at);
+    }
+
+    /// The shadows that must go before gaps are filled so: what lies in the way, and what is too much.
+    pub(super) fn in_the_way(&self, gaps: &[Vec<Step>]) -> Vec<(usize, Piece)> {
+        let mut found = self.shadows.surplus(self.mapped.len() + self.spare.len());
+        for steps in gaps {
+            if let (Some(first), Some(last)) = (steps.first(), steps.last()) {
+                found.extend(self.shadows.overlapping(first.to, last.to + last.len));
+            }
+        }
+        let used = |at: usize| gaps.iter().flatten().any(|step| step.shadowed && step.to == at);
+        found.retain(|&(at, _)| !used(at));
+        found.sort_unstable_by_key(|&(at, _)| at);
+        found.dedup();
+        found
+    }
+
+    /// All places at which pieces are mapped that go; their shadows are forgotten.
+    pub(in crate::gpu) fn leave(&mut self, pieces: Vec<(Option<usize>, Piece)>) -> Vec<Leaving> {
+        let mut places: HashMap<Handle, Vec<usize>> =
+            pieces.iter().map(|(_, piece)| (piece.handle, Vec::new())).collect();
+        self.shadows.take_of(&mut places);
+        let leaving = |(home, piece): (Option<usize>, Piece)| Leaving {
+            piece,
+            home,
+            shadows: places.remove(&piece.handle).unwrap_or_default(),
+        };
+        pieces.into_iter().map(leaving).collect()
+    }
+
     /// Everything, for the pool's end.
-    pub(in crate::gpu) fn drain(&mut self) -> (Vec<(usize, Piece)>, Vec<Piece>) {
+    pub(in crate::gpu) fn drain(&mut self) -> Vec<Leaving> {
         (self.bytes, self.spare_bytes) = (0, 0);
-        (std::mem::take(&mut self.mapped).into_iter().collect(), std::mem::take(&mut self.spare))
+        let mapped = std::mem::take(&mut self.mapped).into_iter().map(|(at, piece)| (Some(at), piece));
+        let spare = std::mem::take(&mut self.spare).into_iter().map(|piece| (None, piece));
+        self.leave(mapped.chain(spare).collect())
     }
 
     /// The usual size of a new piece, where `lacking` bytes are to come to what the pool holds.
@@ -159,15 +227,63 @@ impl Pieces {
         part.clamp(self.unit, LARGE_PIECE.max(self.unit)) + ((bytes / MANY) & !(self.unit - 1))
     }
 
+    /// How to fill `gap` from `at_hand` (sorted by length; what is taken leaves it) and with new pieces (see
+    /// [`choose`](Self::choose)): with the pieces whose shadows lie there, unless more were to be made new then.
+    pub(in crate::gpu) fn fill(
+        &self,
+        gap: &Gap,
+        at_hand: &mut Vec<(usize, From)>,
+        usual: Option<usize>,
+    ) -> Vec<Step> {
+        let new = |steps: &[Step]| -> usize {
+            steps.iter().filter(|step| step.from == From::New).map(|step| step.len).sum()
+        };
+        let mut plain_at_hand = at_hand.clone();
+        let shadowed = self.at_hand_in(gap, at_hand);
+        let plain = gap.steps(self.choose(gap, &mut plain_at_hand, usual));
+        if !shadowed.is_empty() {
+            let mut steps = Vec::new();
+            let mut rest = *gap;
+            for step in shadowed {
+                let (front, back) = rest.around(step.to, step.to + step.len);
+                steps.extend(front.steps(self.choose(&front, at_hand, usual)));
+                steps.push(step);
+                rest = back;
+            }
+            steps.extend(rest.steps(self.choose(&rest, at_hand, usual)));
+            if new(&steps) <= new(&plain) {
+                return steps;
+            }
+        }
+        *at_hand = plain_at_hand;
+        plain
+    }
+
+    /// The pieces at hand whose shadows overlap a gap, by address; they are taken.
+    fn at_hand_in(&self, gap: &Gap, at_hand: &mut Vec<(usize, From)>) -> Vec<Step> {
+        let mut found = Vec::new();
+        for (to, shadow) in self.shadows.overlapping(gap.start, gap.end) {
+            let is_it = |(_, from): &(usize, From)| matches!(from, From::Mapped(_, handle) | From::Spare(handle) if *handle == shadow.handle);
+            if let Some(place) = at_hand.iter().position(is_it) {
+                let (len, from) = at_hand.remove(place);
+                found.push(Step { to, len, from, shadowed: true });
+            }
+        }
+        found
+    }
+
     /// The pieces that fill `gap`: from `at_hand` (sorted by length; what is taken leaves it), else new ones, of
     /// `usual` size or larger where `usual` is given, of exactly the size that is missing otherwise.
-    pub(in crate::gpu) fn choose(
+    fn choose(
         &self,
         gap: &Gap,
         at_hand: &mut Vec<(usize, From)>,
         usual: Option<usize>,
     ) -> Vec<(usize, From)> {
         let mut chosen = Vec::new();
+        if gap.is_empty() {
+            return chosen;
+        }
         let (mut need, mut room) = (gap.end - gap.start, gap.room());
         while need > 0 {
             // The largest that is not too large; else the smallest for which there is room.
@@ -208,6 +324,19 @@ impl Pieces {
             }
         }
         true
+    }
+
+    /// A shadow that breaks invariant 5 of the [arena](super), if there is one.
+    pub(super) fn misplaced_shadow(&self) -> Option<usize> {
+        let known: HashMap<Handle, usize> =
+            self.mapped.values().chain(&self.spare).map(|piece| (piece.handle, piece.len)).collect();
+        let mut end = 0;
+        let mut wrong = |(at, piece): &(usize, Piece)| {
+            let overlaps = *at < end || self.mapped.range(*at..at + piece.len).next().is_some();
+            end = at + piece.len;
+            overlaps || self.covers(*at) || known.get(&piece.handle) != Some(&piece.len)
+        };
+        self.shadows.iter().find(&mut wrong).map(|(at, _)| at)
     }
 
     /// Bytes that are mapped.

@@ -19,6 +19,9 @@ struct Books {
     /// Every so manieth piece cannot be had.
     fail_every: u64,
     calls: u64,
+    /// Pieces that moved, and those of them that came back to a shadow.
+    moved: u64,
+    came_back: u64,
 }
 
 impl Books {
@@ -27,7 +30,7 @@ impl Books {
         assert!(core.set_space(1 << 40, 508 << 30, UNIT));
         core.unrest = Unrest::new(usize::MAX);
         let gpu = GpuDevice::simulated(SimConfig::default());
-        Self { core, gpu, handles: 0, ns: 0, max_size, fail_every: 0, calls: 0 }
+        Self { core, gpu, handles: 0, ns: 0, max_size, fail_every: 0, calls: 0, moved: 0, came_back: 0 }
     }
 
     fn fails(&mut self) -> bool {
@@ -37,21 +40,22 @@ impl Books {
 
     fn fill(&mut self, plan: &Plan) -> Done {
         let mut done = Done::default();
-        self.ns += plan.releases.len() as u64 * 40_000;
+        self.ns += plan.releases.len() as u64 * 40_000 + plan.in_the_way.len() as u64 * 15_000;
         for steps in &plan.gaps {
             for step in steps {
-                let failed = done.error.is_some() || self.fails();
+                let failed = done.error.is_some() || !step.shadowed && self.fails();
                 let handle = match step.from {
-                    From::Mapped(at, handle) if failed => {
-                        done.mapped.push((at, Piece { len: step.len, handle }));
+                    From::Mapped(at, handle) => {
+                        let piece = Piece { len: step.len, handle };
+                        if failed {
+                            done.mapped.push((at, piece))
+                        } else {
+                            done.shadows.push((at, piece))
+                        }
                         Some(handle)
                     }
                     From::Spare(handle) if failed => {
                         done.spare.push(Piece { len: step.len, handle });
-                        Some(handle)
-                    }
-                    From::Mapped(_, handle) => {
-                        self.ns += 15_000;
                         Some(handle)
                     }
                     From::Spare(handle) => Some(handle),
@@ -63,9 +67,14 @@ impl Books {
                     }
                 };
                 if failed {
+                    if let Some(handle) = handle.filter(|_| step.shadowed) {
+                        done.shadows.push((step.to, Piece { len: step.len, handle }));
+                    }
                     done.error = Some(Error::oom(step.len, OomReason::Source));
                 } else if let Some(handle) = handle {
-                    self.ns += 20_500;
+                    self.moved += u64::from(matches!(step.from, From::Mapped(..)));
+                    self.came_back += u64::from(step.shadowed);
+                    self.ns += if step.shadowed { 0 } else { 20_500 };
                     done.mapped.push((step.to, Piece { len: step.len, handle }));
                 }
             }
@@ -92,7 +101,7 @@ impl Books {
 
     fn trim(&mut self, keep: usize) {
         let idle = self.core.take_idle(self.core.idle_bytes().saturating_sub(keep));
-        assert!(idle.iter().all(|(_, piece)| piece.handle.0 <= self.handles));
+        assert!(idle.iter().all(|leaving| leaving.piece.handle.0 <= self.handles));
         self.core.idle_given(Done::default());
     }
 }
@@ -116,6 +125,7 @@ impl Random {
 
 #[test]
 fn random_programs_keep_every_invariant() {
+    let (mut moved, mut came_back) = (0, 0);
     for seed in 1..60u64 {
         let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
         let mut books = Books::new([96 << 20, 512 << 20, usize::MAX][random.below(3)]);
@@ -166,7 +176,10 @@ fn random_programs_keep_every_invariant() {
         books.trim(0);
         books.core.check().unwrap();
         assert_eq!(books.core.reserved, 0, "seed {seed}: everything idle goes back");
+        moved += books.moved;
+        came_back += books.came_back;
     }
+    assert!(came_back >= 5, "of {moved} moves {came_back} were to a shadow");
 }
 
 /// Runs a program of sizes and lifetimes; peak reserved over peak live.
@@ -289,22 +302,76 @@ fn what_is_reserved_follows_what_is_live() {
     }
 }
 
+/// Pieces of 64 MiB from address 0 on.
+fn pieces_of_64(count: usize) -> Pieces {
+    let mut pieces = Pieces::new(UNIT);
+    let mapped = (0..count).map(|at| (at * (64 << 20), Piece { len: 64 << 20, handle: Handle(at as u64) }));
+    pieces.keep(&Done { mapped: mapped.collect(), ..Done::default() });
+    pieces
+}
+
 #[test]
 fn a_gap_takes_what_fits() {
-    let mut pieces = Pieces::new(UNIT);
-    (0..64).for_each(|at| pieces.insert(at * (64 << 20), Piece { len: 64 << 20, handle: Handle(at as u64) }));
+    let pieces = pieces_of_64(64);
     assert_eq!(pieces.usual(0), 32 << 20);
     let gap = Gap { start: 0, end: 40 << 20, low: 0, high: 42 << 20 };
     let mut at_hand = vec![(8 << 20, From::Spare(Handle(1))), (64 << 20, From::Spare(Handle(2)))];
-    let lengths = |chosen: Vec<(usize, From)>| chosen.iter().map(|(len, _)| len >> 20).collect::<Vec<_>>();
-    assert_eq!(lengths(pieces.choose(&gap, &mut at_hand, Some(pieces.usual(0)))), [8, 32]);
+    let lengths = |steps: Vec<Step>| steps.iter().map(|step| step.len >> 20).collect::<Vec<_>>();
+    assert_eq!(lengths(pieces.fill(&gap, &mut at_hand, Some(pieces.usual(0)))), [8, 32]);
     assert_eq!(at_hand.len(), 1, "the piece that is too large stays");
     let below = Gap { start: 20 << 20, end: 40 << 20, low: 0, high: 40 << 20 };
-    assert_eq!(
-        lengths(pieces.choose(&below, &mut at_hand, Some(pieces.usual(0)))),
-        [32],
-        "down into the hole"
-    );
-    assert_eq!(below.addresses([32 << 20].into_iter()), [8 << 20]);
-    assert_eq!(lengths(pieces.choose(&below, &mut at_hand, None)), [20], "exactly");
+    let down = pieces.fill(&below, &mut at_hand, Some(pieces.usual(0)));
+    assert_eq!(down[0].to, 8 << 20);
+    assert_eq!(lengths(down), [32], "down into the hole");
+    assert_eq!(lengths(pieces.fill(&below, &mut at_hand, None)), [20], "exactly");
+}
+
+#[test]
+fn a_gap_takes_the_pieces_whose_shadows_lie_there() {
+    const MIB: usize = 1 << 20;
+    let mut pieces = pieces_of_64(64);
+    let shadows = [(1 << 40, 8), (2 << 40, 7)]
+        .map(|(at, handle)| (at, Piece { len: 64 * MIB, handle: Handle(handle) }));
+    pieces.keep(&Done { shadows: shadows.to_vec(), ..Done::default() });
+    assert_eq!(pieces.misplaced_shadow(), None);
+    let hand = |handles: &[u64]| -> Vec<(usize, From)> {
+        handles.iter().map(|&at| (64 * MIB, From::Mapped(at as usize * 64 * MIB, Handle(at)))).collect()
+    };
+    let gap = Gap { start: (1 << 40) - 64 * MIB, end: (1 << 40) + 128 * MIB, low: 1 << 39, high: 2 << 40 };
+    let mut at_hand = hand(&[1, 2, 8, 9]);
+    let steps = pieces.fill(&gap, &mut at_hand, Some(32 * MIB));
+    let mut places: Vec<_> = steps.iter().map(|step| (step.to, step.shadowed)).collect();
+    places.sort_unstable();
+    let around = [(gap.start, false), (1 << 40, true), ((1 << 40) + 64 * MIB, false)];
+    assert_eq!(places, around, "filled without a break, the shadow where it lies");
+    assert_eq!(at_hand.len(), 1);
+    assert!(pieces.in_the_way(&[steps]).is_empty());
+    // Its piece is in use: the shadow must go.
+    let mut others = hand(&[1, 2, 3, 9]);
+    let steps = pieces.fill(&gap, &mut others, Some(32 * MIB));
+    assert!(steps.iter().all(|step| !step.shadowed));
+    assert_eq!(pieces.in_the_way(&[steps]), shadows[..1]);
+    // What would take more new memory with the shadow than without goes without.
+    let narrow = Gap {
+        start: (1 << 40) + 62 * MIB,
+        end: (1 << 40) + 126 * MIB,
+        low: (1 << 40),
+        high: (1 << 40) + 126 * MIB,
+    };
+    let steps = pieces.fill(&narrow, &mut hand(&[8]), None);
+    assert_eq!(steps.iter().map(|step| (step.len, step.shadowed)).collect::<Vec<_>>(), [(64 * MIB, false)]);
+    // A piece that goes takes its shadows with it.
+    let leaving = pieces.leave(vec![(Some(8 * 64 * MIB), shadows[0].1)]);
+    assert_eq!((leaving[0].home, &*leaving[0].shadows), (Some(8 * 64 * MIB), &[1 << 40][..]));
+}
+
+#[test]
+fn there_are_no_more_shadows_than_twice_the_pieces() {
+    let mut pieces = pieces_of_64(64);
+    let piece = Piece { len: UNIT, handle: Handle(1) };
+    let shadows: Vec<(usize, Piece)> = (0..129).map(|at| ((1 << 40) + at * UNIT, piece)).collect();
+    pieces.keep(&Done { shadows: shadows[..128].to_vec(), ..Done::default() });
+    assert!(pieces.in_the_way(&[]).is_empty());
+    pieces.keep(&Done { shadows: shadows[128..].to_vec(), ..Done::default() });
+    assert_eq!(pieces.in_the_way(&[]), shadows[..9], "the oldest, some at once");
 }

@@ -177,15 +177,13 @@ impl Drop for Inner {
             let _ = unsafe { driver.event_destroy(event) };
         }
         if let Some(pieces) = &mut core.pieces {
-            let (mapped, spare) = pieces.drain();
-            let all: Vec<_> = mapped.into_iter().chain(spare.into_iter().map(|piece| (0, piece))).collect();
+            let all = pieces.drain();
             // SAFETY: every block keeps its pool alive, so none is left, and the device was idle after the last
             // use. A refusal is tried once more, then the memory leaks.
             unsafe {
                 let left = self.source.release(&*driver, &all);
-                let left: Vec<_> =
-                    left.mapped.into_iter().chain(left.spare.into_iter().map(|piece| (0, piece))).collect();
-                self.source.release(&*driver, &left);
+                pieces.keep(&left);
+                self.source.release(&*driver, &pieces.drain());
                 self.source.close(&*driver);
             }
             return;

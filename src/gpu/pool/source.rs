@@ -4,7 +4,7 @@
 //! Mapping costs the same whatever the size, and neither mapping nor unmapping waits for the device, while a
 //! plain free waits for all of its work.
 
-use super::super::arena::{Done, From, Piece, Plan, Step};
+use super::super::arena::{Done, From, Leaving, Piece, Plan, Step};
 use super::super::device::GpuDevice;
 use super::super::driver::{Driver, Space};
 use crate::base::bits::round_up;
@@ -68,49 +68,57 @@ impl Source {
     /// Does what a plan asks for, and says where every piece of it ended up.
     ///
     /// # Safety
-    /// The plan was made by this pool's books: its gaps are unmapped, the pieces it takes lie where it says, and
-    /// all work on them is known to be complete.
+    /// The plan was made by this pool's books: nothing is mapped in its gaps but the shadows that it names, its pieces
+    /// lie where it says, and all work on them is known to be complete.
     pub(super) unsafe fn fill(&self, driver: &dyn Driver, plan: &Plan) -> Done {
-        // SAFETY: the caller's contract.
-        let mut done = unsafe { self.release(driver, &plan.releases) };
+        // SAFETY: shadows are used by nobody.
+        let (in_the_way, cleared) = unsafe { unmap_all(driver, &plan.in_the_way) };
+        let mut done = match cleared {
+            // SAFETY: the caller's contract, and no shadow in the way is left.
+            Ok(()) => unsafe { self.release(driver, &plan.releases) },
+            Err(error) => Done { error: Some(error), ..Done::default() },
+        };
+        if done.error.is_some() {
+            plan.releases.iter().for_each(|piece| stay(piece, &mut done));
+        }
+        done.shadows.extend(in_the_way);
         for steps in &plan.gaps {
-            if done.error.is_some() {
-                steps.iter().for_each(|step| leave(step, &mut done));
-                continue;
-            }
-            // SAFETY: the caller's contract.
+            // SAFETY: the caller's contract; nothing is in the way any more where there was no error.
             unsafe { fill_gap(driver, steps, &mut done) };
         }
         done
     }
 
-    /// Gives pieces back to the driver, mapped ones and (at address 0) others. What it does not take is in the
-    /// answer.
+    /// Gives pieces back to the driver. What it does not take is in the answer.
     ///
     /// # Safety
-    /// The pieces lie where it says, and all work on them is known to be complete.
-    pub(super) unsafe fn release(&self, driver: &dyn Driver, pieces: &[(usize, Piece)]) -> Done {
+    /// The pieces are mapped where it says and nowhere else, and all work on them is known to be complete.
+    pub(super) unsafe fn release(&self, driver: &dyn Driver, leaving: &[Leaving]) -> Done {
         let mut done = Done::default();
-        let mut sorted = pieces.to_vec();
-        sorted.sort_unstable_by_key(|&(at, _)| at);
-        let touch =
-            |&(at, piece): &(usize, Piece), &(next, _): &(usize, Piece)| at != 0 && at + piece.len == next;
-        for side_by_side in sorted.chunk_by(touch) {
-            let (first, bytes) = (side_by_side[0].0, side_by_side.iter().map(|(_, piece)| piece.len).sum());
-            // SAFETY: the caller's contract.
-            if first != 0 && unsafe { driver.unmap(first, bytes) }.is_err() {
-                done.mapped.extend_from_slice(side_by_side);
-                continue;
-            }
-            for &(_, piece) in side_by_side {
-                // A second try gets past a passing failure.
-                let release = || {
-                    // SAFETY: the piece is mapped nowhere any more.
-                    unsafe { driver.release_handle(piece.handle) }
-                };
-                if release().is_err() && release().is_err() {
-                    done.spare.push(piece);
+        let homes = leaving.iter().filter_map(|gone| Some((gone.home?, gone.piece)));
+        let shadows = leaving.iter().flat_map(|gone| gone.shadows.iter().map(|&at| (at, gone.piece)));
+        let places: Vec<(usize, Piece)> = homes.chain(shadows).collect();
+        // SAFETY: the caller's contract.
+        let (kept, _) = unsafe { unmap_all(driver, &places) };
+        for Leaving { piece, home, .. } in leaving {
+            let mut stays = false;
+            for &place in kept.iter().filter(|(_, kept)| kept.handle == piece.handle) {
+                let is_home = *home == Some(place.0);
+                if is_home {
+                    done.mapped.push(place)
+                } else {
+                    done.shadows.push(place)
                 }
+                stays |= is_home;
+            }
+            let mapped = kept.iter().any(|(_, kept)| kept.handle == piece.handle);
+            // A second try gets past a passing failure.
+            let release = || {
+                // SAFETY: the piece is mapped nowhere any more.
+                unsafe { driver.release_handle(piece.handle) }
+            };
+            if !stays && (mapped || release().is_err() && release().is_err()) {
+                done.spare.push(*piece);
             }
         }
         done
@@ -129,90 +137,110 @@ impl Source {
     }
 }
 
+/// Notes that a piece was not given back.
+fn stay(leaving: &Leaving, done: &mut Done) {
+    match leaving.home {
+        Some(at) => done.mapped.push((at, leaving.piece)),
+        None => done.spare.push(leaving.piece),
+    }
+    done.shadows.extend(leaving.shadows.iter().map(|&at| (at, leaving.piece)));
+}
+
 /// Notes that a step was not done: what it would take is where it was.
 fn leave(step: &Step, done: &mut Done) {
-    match step.from {
-        From::Mapped(at, handle) => done.mapped.push((at, Piece { len: step.len, handle })),
-        From::Spare(handle) => done.spare.push(Piece { len: step.len, handle }),
-        From::New => {}
+    let (piece, shadow) = match step.from {
+        From::Mapped(at, handle) => {
+            let piece = Piece { len: step.len, handle };
+            done.mapped.push((at, piece));
+            (piece, step.shadowed)
+        }
+        From::Spare(handle) => {
+            let piece = Piece { len: step.len, handle };
+            done.spare.push(piece);
+            (piece, step.shadowed)
+        }
+        From::New => return,
+    };
+    if shadow {
+        done.shadows.push((step.to, piece));
     }
 }
 
-/// Unmaps the pieces that a gap's steps take from elsewhere, those that lie side by side in one call; says for each
-/// step whether its piece is free to be mapped now. Stops at the first refusal.
+/// Unmaps pieces, those that lie side by side in one call; returns those that the driver did not unmap, and why.
 ///
 /// # Safety
-/// As for [`Source::fill`].
-unsafe fn unmap_all(driver: &dyn Driver, steps: &[Step]) -> (Vec<bool>, Result<()>) {
-    let mut at_hand: Vec<bool> = steps.iter().map(|step| !matches!(step.from, From::Mapped(..))).collect();
-    let mut sources: Vec<(usize, usize, usize)> = Vec::new();
-    for (index, step) in steps.iter().enumerate() {
-        if let From::Mapped(at, _) = step.from {
-            sources.push((at, step.len, index));
-        }
-    }
-    sources.sort_unstable();
-    for side_by_side in sources.chunk_by(|(at, len, _), (next, _, _)| at + len == *next) {
-        let (first, bytes) = (side_by_side[0].0, side_by_side.iter().map(|(_, len, _)| len).sum());
-        // SAFETY: whole pieces lie there, and no work touches them.
+/// The pieces are mapped there, and no work touches them.
+unsafe fn unmap_all(driver: &dyn Driver, places: &[(usize, Piece)]) -> (Vec<(usize, Piece)>, Result<()>) {
+    let mut sorted = places.to_vec();
+    sorted.sort_unstable_by_key(|&(at, _)| at);
+    let (mut kept, mut result) = (Vec::new(), Ok(()));
+    for side_by_side in sorted.chunk_by(|(at, piece), (next, _)| at + piece.len == *next) {
+        let (first, bytes) = (side_by_side[0].0, side_by_side.iter().map(|(_, piece)| piece.len).sum());
+        // SAFETY: the caller's contract.
         if let Err(error) = unsafe { driver.unmap(first, bytes) } {
-            return (at_hand, Err(error));
+            kept.extend_from_slice(side_by_side);
+            result = Err(error);
         }
-        side_by_side.iter().for_each(|&(_, _, index)| at_hand[index] = true);
     }
-    (at_hand, Ok(()))
+    (kept, result)
 }
 
-/// Fills one gap, whose steps touch; all of it or nothing.
+/// Fills one gap, whose steps touch; all of it or nothing. A piece that comes from elsewhere stays mapped there, as a
+/// shadow. Does nothing where an error is noted already.
 ///
 /// # Safety
 /// As for [`Source::fill`].
 unsafe fn fill_gap(driver: &dyn Driver, steps: &[Step], done: &mut Done) {
-    let mut filled: Vec<(usize, Piece)> = Vec::new();
-    // SAFETY: the caller's contract.
-    let (at_hand, mut result) = unsafe { unmap_all(driver, steps) };
-    for (step, at_hand) in steps.iter().zip(at_hand) {
+    let mut result = done.error.map_or(Ok(()), Err);
+    // What this call mapped, by step.
+    let mut filled: Vec<(&Step, Piece)> = Vec::new();
+    for step in steps {
         let handle = match step.from {
-            From::Mapped(_, handle) | From::Spare(handle) if at_hand => handle,
-            From::New if result.is_ok() => match driver.create_handle(step.len) {
-                Ok(handle) => handle,
-                Err(error) => {
-                    result = Err(error);
-                    continue;
-                }
-            },
-            _ => {
-                leave(step, done);
-                continue;
-            }
+            _ if result.is_err() => break,
+            From::Mapped(_, handle) | From::Spare(handle) => Ok(handle),
+            From::New => driver.create_handle(step.len),
         };
-        let piece = Piece { len: step.len, handle };
-        if result.is_ok() {
-            // SAFETY: the gap is reserved and unmapped.
-            result = unsafe { driver.map(step.to, step.len, handle) };
-        }
-        if result.is_ok() {
-            filled.push((step.to, piece));
-        } else {
-            done.spare.push(piece);
-        }
-    }
-    if let (Ok(()), Some(first)) = (result, steps.first()) {
-        let bytes = steps.iter().map(|step| step.len).sum();
-        // SAFETY: all of it was just mapped.
-        result = unsafe { driver.set_access(first.to, bytes) };
-    }
-    if let Err(error) = result {
-        done.error = Some(error);
-        filled.retain(|&(at, piece)| {
-            // SAFETY: just mapped, and nobody has seen it.
-            let gone =
-                unsafe { driver.unmap(at, piece.len).or_else(|_| driver.unmap(at, piece.len)) }.is_ok();
-            if gone {
-                done.spare.push(piece);
+        let mapped = handle.and_then(|handle| {
+            let piece = Piece { len: step.len, handle };
+            if !step.shadowed {
+                // SAFETY: the gap is reserved, and nothing is mapped there.
+                unsafe { driver.map(step.to, step.len, handle) }.inspect_err(|_| {
+                    if step.from == From::New {
+                        done.spare.push(piece);
+                    }
+                })?;
             }
-            !gone
+            Ok(piece)
         });
+        result = mapped.map(|piece| filled.push((step, piece)));
     }
-    done.mapped.append(&mut filled);
+    if result.is_ok() {
+        // Shadows are accessible as they are.
+        for run in steps.chunk_by(|one, next| one.shadowed == next.shadowed).filter(|run| !run[0].shadowed) {
+            let bytes = run.iter().map(|step| step.len).sum();
+            // SAFETY: all of it was just mapped.
+            result = result.and_then(|()| unsafe { driver.set_access(run[0].to, bytes) });
+        }
+    }
+    let Err(error) = result else {
+        for (step, piece) in filled {
+            done.mapped.push((step.to, piece));
+            if let From::Mapped(at, _) = step.from {
+                done.shadows.push((at, piece));
+            }
+        }
+        return;
+    };
+    done.error = Some(error);
+    for (step, piece) in &filled {
+        // SAFETY: just mapped, and nobody has seen it.
+        let unmap = || unsafe { driver.unmap(step.to, piece.len) };
+        let stays = !step.shadowed && unmap().is_err() && unmap().is_err();
+        if step.from == From::New {
+            if stays { done.mapped.push((step.to, *piece)) } else { done.spare.push(*piece) }
+        } else if stays {
+            done.shadows.push((step.to, *piece));
+        }
+    }
+    steps.iter().for_each(|step| leave(step, done));
 }

@@ -59,7 +59,7 @@ impl CudaDevice {
         let mut mapped = self.mapped.lock();
         // SAFETY: invariants 1 and 3: the caller of `unmap` vouches for the range.
         self.relaxed("cuMemUnmap", |api| unsafe { (api.handle_unmap)(addr as u64, bytes) })?;
-        mapped.ranges.retain(|at, _| !(addr..addr + bytes).contains(at));
+        mapped.ranges.extract_if(addr..addr + bytes, |_, _| true).for_each(drop);
         Ok(())
     }
 

@@ -213,6 +213,11 @@ impl Detector {
         self.blocks.insert(addr, block);
     }
 
+    /// The memory behind a range is handed out at another address, for work ordered after `clock` on `stream`.
+    pub(super) fn reused(&mut self, addr: usize, len: usize, stream: usize, clock: &Clock) {
+        self.forget(addr, addr + len, stream, clock, HazardKind::ReusedInUse);
+    }
+
     /// The block is free; who touches it from now on is late.
     pub(super) fn freed(&mut self, addr: usize) {
         if let Some(block) = self.blocks.get_mut(&addr) {

@@ -187,6 +187,22 @@ impl Memory {
         Some((mapped.piece?, mapped.len))
     }
 
+    /// Where else the memory behind a range is mapped.
+    pub(super) fn elsewhere(&self, addr: usize, len: usize) -> Vec<(usize, usize)> {
+        let first = self.mapped.range(..=addr).next_back().map_or(addr, |(&start, _)| start);
+        let mut found = Vec::new();
+        for (&start, here) in self.mapped.range(first..addr + len) {
+            let (from, to) = (start.max(addr), (start + here.len).min(addr + len));
+            let Some(piece) = here.piece.filter(|piece| self.pieces.get(piece).is_some_and(|p| p.maps > 1))
+            else {
+                continue;
+            };
+            let others = self.mapped.iter().filter(|(at, other)| **at != start && other.piece == Some(piece));
+            found.extend(others.map(|(at, _)| (at + (from - start), to.saturating_sub(from))));
+        }
+        found
+    }
+
     fn overlaps(&self, addr: usize, bytes: usize) -> bool {
         self.mapped.range(..addr + bytes).next_back().is_some_and(|(start, m)| start + m.len > addr)
     }

@@ -509,6 +509,9 @@ impl World {
         // What a graph touches runs whenever it is launched, on any stream: only what the host has seen
         // complete is ordered before it. (Earlier touches by the same graph are not tracked while captured.)
         let party = if capture.is_some() { HOST } else { stream.unwrap_or(HOST) };
+        for (at, len) in self.memory.elsewhere(addr, len) {
+            self.detector.reused(at, len, party, &clock);
+        }
         self.detector.taken(addr, len, party, &clock, capture);
     }
 
