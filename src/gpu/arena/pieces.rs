@@ -70,11 +70,6 @@ pub(in crate::gpu) struct Gap {
 }
 
 impl Gap {
-    /// Whether nothing is to be filled, as on the side of a shadow that reaches beyond the gap.
-    fn is_empty(&self) -> bool {
-        self.start >= self.end
-    }
-
     /// Bytes that may be filled: the gap, and the hole on the side where no memory adjoins.
     fn room(&self) -> usize {
         if self.upwards() { self.high - self.start } else { self.end - self.low }
@@ -98,9 +93,7 @@ impl Gap {
 
     /// What is left of the gap in front of a shadow and behind it.
     fn around(&self, from: usize, to: usize) -> (Self, Self) {
-        let front = Self { end: from.max(self.start), high: from, ..*self };
-        let back = Self { start: to.min(self.end), low: to, ..*self };
-        (front, back)
+        (Self { end: from, high: from, ..*self }, Self { start: to, low: to, ..*self })
     }
 }
 
@@ -259,12 +252,14 @@ impl Pieces {
         plain
     }
 
-    /// The pieces at hand whose shadows overlap a gap, by address; they are taken.
+    /// The pieces at hand whose shadows lie in a gap, by address; they are taken. One that reaches beyond the gap would
+    /// take memory that is needed elsewhere.
     fn at_hand_in(&self, gap: &Gap, at_hand: &mut Vec<(usize, From)>) -> Vec<Step> {
         let mut found = Vec::new();
         for (to, shadow) in self.shadows.overlapping(gap.start, gap.end) {
             let is_it = |(_, from): &(usize, From)| matches!(from, From::Mapped(_, handle) | From::Spare(handle) if *handle == shadow.handle);
-            if let Some(place) = at_hand.iter().position(is_it) {
+            let inside = to >= gap.start && to + shadow.len <= gap.end;
+            if let Some(place) = at_hand.iter().position(is_it).filter(|_| inside) {
                 let (len, from) = at_hand.remove(place);
                 found.push(Step { to, len, from, shadowed: true });
             }
@@ -281,9 +276,6 @@ impl Pieces {
         usual: Option<usize>,
     ) -> Vec<(usize, From)> {
         let mut chosen = Vec::new();
-        if gap.is_empty() {
-            return chosen;
-        }
         let (mut need, mut room) = (gap.end - gap.start, gap.room());
         while need > 0 {
             // The largest that is not too large; else the smallest for which there is room.

@@ -302,6 +302,28 @@ fn what_is_reserved_follows_what_is_live() {
     }
 }
 
+/// Where others hold what the pool would like to have, a refusal is no error: what is at hand does as well.
+#[test]
+fn a_refusal_makes_the_pool_move_again() {
+    let mut books = Books::new(usize::MAX);
+    let small = books.alloc(64 << 20).unwrap();
+    let _between = books.alloc(1 << 30).unwrap();
+    books.free(small);
+    (0..200).for_each(|_| books.core.unrest.moves(0));
+    let ask = Ask { bytes: 128 << 20, align: 256, lane: CLEAN };
+    let takes = |plan: &Plan| plan.gaps.iter().flatten().any(|step| matches!(step.from, From::Mapped(..)));
+    let greedy = books.core.plan(LARGE, ask, usize::MAX).unwrap();
+    assert!(greedy.for_rest && !takes(&greedy));
+    let refused = Done { error: Some(Error::oom(ask.bytes, OomReason::Source)), ..Done::default() };
+    assert!(books.core.finish(&greedy, refused, ask).is_err());
+    books.core.check().unwrap();
+    let content = books.core.plan(LARGE, ask, usize::MAX).unwrap();
+    assert!(!content.for_rest && takes(&content));
+    let done = books.fill(&content);
+    assert!(books.core.finish(&content, done, ask).is_ok());
+    books.core.check().unwrap();
+}
+
 /// Pieces of 64 MiB from address 0 on.
 fn pieces_of_64(count: usize) -> Pieces {
     let mut pieces = Pieces::new(UNIT);
@@ -351,15 +373,25 @@ fn a_gap_takes_the_pieces_whose_shadows_lie_there() {
     let steps = pieces.fill(&gap, &mut others, Some(32 * MIB));
     assert!(steps.iter().all(|step| !step.shadowed));
     assert_eq!(pieces.in_the_way(&[steps]), shadows[..1]);
-    // What would take more new memory with the shadow than without goes without.
+    // One that reaches beyond what is needed is none for this gap.
     let narrow = Gap {
-        start: (1 << 40) + 62 * MIB,
-        end: (1 << 40) + 126 * MIB,
-        low: (1 << 40),
-        high: (1 << 40) + 126 * MIB,
+        start: (1 << 40) + 2 * MIB,
+        end: (1 << 40) + 64 * MIB,
+        low: 1 << 40,
+        high: (1 << 40) + 64 * MIB,
     };
     let steps = pieces.fill(&narrow, &mut hand(&[8]), None);
-    assert_eq!(steps.iter().map(|step| (step.len, step.shadowed)).collect::<Vec<_>>(), [(64 * MIB, false)]);
+    assert!(steps.iter().all(|step| !step.shadowed));
+    // Nor is one that leaves more to be made new than without it.
+    let front = Gap {
+        start: (1 << 40) - 32 * MIB,
+        end: (1 << 40) + 96 * MIB,
+        low: (1 << 40) - 32 * MIB,
+        high: (1 << 40) + 96 * MIB,
+    };
+    let mut large = vec![(64 * MIB, From::Spare(Handle(8))), (128 * MIB, From::Spare(Handle(100)))];
+    let steps = pieces.fill(&front, &mut large, None);
+    assert_eq!(steps.iter().map(|step| (step.len, step.shadowed)).collect::<Vec<_>>(), [(128 * MIB, false)]);
     // A piece that goes takes its shadows with it.
     let leaving = pieces.leave(vec![(Some(8 * 64 * MIB), shadows[0].1)]);
     assert_eq!((leaving[0].home, &*leaving[0].shadows), (Some(8 * 64 * MIB), &[1 << 40][..]));
