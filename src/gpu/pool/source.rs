@@ -148,20 +148,13 @@ fn stay(leaving: &Leaving, done: &mut Done) {
 
 /// Notes that a step was not done: what it would take is where it was.
 fn leave(step: &Step, done: &mut Done) {
-    let (piece, shadow) = match step.from {
-        From::Mapped(at, handle) => {
-            let piece = Piece { len: step.len, handle };
-            done.mapped.push((at, piece));
-            (piece, step.shadowed)
-        }
-        From::Spare(handle) => {
-            let piece = Piece { len: step.len, handle };
-            done.spare.push(piece);
-            (piece, step.shadowed)
-        }
-        From::New => return,
-    };
-    if shadow {
+    let (From::Mapped(_, handle) | From::Spare(handle)) = step.from else { return };
+    let piece = Piece { len: step.len, handle };
+    match step.from {
+        From::Mapped(at, _) => done.mapped.push((at, piece)),
+        _ => done.spare.push(piece),
+    }
+    if step.shadowed {
         done.shadows.push((step.to, piece));
     }
 }
