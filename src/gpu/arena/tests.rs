@@ -310,7 +310,7 @@ fn a_refusal_makes_the_pool_move_again() {
     let _between = books.alloc(1 << 30).unwrap();
     books.free(small);
     (0..200).for_each(|_| books.core.unrest.moves(0));
-    let ask = Ask { bytes: 128 << 20, align: 256, lane: CLEAN };
+    let ask = Ask { bytes: 128 << 20, align: 256, lane: CLEAN, by_address: false };
     let takes = |plan: &Plan| plan.gaps.iter().flatten().any(|step| matches!(step.from, From::Mapped(..)));
     let greedy = books.core.plan(LARGE, ask, usize::MAX).unwrap();
     assert!(greedy.for_rest && !takes(&greedy));
