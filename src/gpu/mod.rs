@@ -21,6 +21,8 @@ mod core;
 mod device;
 pub(crate) mod driver;
 mod front;
+#[cfg(all(test, not(loom)))]
+mod front_tests;
 mod handle;
 mod host;
 #[cfg(feature = "cuda")]

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use super::block::Foreign;
 use super::core::Ticket;
-use super::front::{Bins, Cache, Whose};
+use super::front::{Cache, Guarded, Whose};
 use super::kind::{Device, MemoryKind};
 use super::pool::{DevicePool, GpuPool, Inner, empty};
 use super::stream::Stream;
@@ -199,11 +199,11 @@ impl Lease {
             && let Some(cache) = seat.cache()
             // Most blocks that come here by way of the books have no record, and need no turn to see that.
             && let Some(found) = seat.inner().front.find(self.start)
-            && let Some(mut bins) = cache.bins.try_lock()
-            && seat.inner().front.put(cache, &mut bins, found, false)
+            && let Some(mut inside) = cache.turn.try_lock()
+            && seat.inner().front.put(cache, &mut inside, found, false)
         {
             // SAFETY: the seat is of this cache, and nothing is touched after; nobody takes it out of the lease again.
-            unsafe { lay_down(bins, ManuallyDrop::take(&mut self.seat)) };
+            unsafe { lay_down(inside, ManuallyDrop::take(&mut self.seat)) };
             return true;
         }
         false
@@ -227,19 +227,19 @@ impl Lease {
                 && matches!(session, Ok(None))
                 && let Some(cache) = this.cache().or_else(|| this.find_cache())
                 && let Some(found) = inner.front.find(self.start)
-                && let Some(mut bins) = cache.bins.try_lock()
-                && inner.front.put(cache, &mut bins, found, false)
+                && let Some(mut inside) = cache.turn.try_lock()
+                && inner.front.put(cache, &mut inside, found, false)
             {
                 // SAFETY: the seat is of this cache, and nothing is touched after.
-                return unsafe { lay_down(bins, seat) };
+                return unsafe { lay_down(inside, seat) };
             }
             inner.give_to_books(ticket, this.stream(), session);
         }
         if let Some(cache) = this.cache().or_else(|| this.find_cache())
-            && let Some(bins) = cache.bins.try_lock()
+            && let Some(inside) = cache.turn.try_lock()
         {
             // SAFETY: as above.
-            unsafe { lay_down(bins, seat) };
+            unsafe { lay_down(inside, seat) };
         }
     }
 }
@@ -248,11 +248,11 @@ impl Lease {
 /// may be the last.
 ///
 /// # Safety
-/// `seat` is of the cache behind `bins` (invariant 2). The caller touches neither it nor the cache after (invariant 3).
+/// `seat` is of the cache behind `inside` (invariant 2). The caller touches neither it nor the cache after (invariant 3).
 #[inline(always)]
-unsafe fn lay_down(mut bins: TurnGuard<'_, Bins>, seat: Arc<Seat>) {
-    let rest = bins.keep_seat(seat);
-    drop(bins);
+unsafe fn lay_down(mut inside: TurnGuard<'_, Guarded>, seat: Arc<Seat>) {
+    let rest = inside.keep_seat(seat);
+    drop(inside);
     if let Some(rest) = rest {
         let_go(rest);
     }

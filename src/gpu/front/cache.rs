@@ -4,66 +4,45 @@ use std::sync::Arc;
 
 use super::super::ranges::CLEAN;
 use super::super::seat::Seat;
-use super::bits;
+use super::records::{Record, Records};
+use super::sizes::{Filled, Place, SETS, Sizes};
 use crate::base::stats::HISTOGRAM_BUCKETS;
 use crate::base::sync::atomic::{AtomicI32, AtomicUsize, Ordering::Relaxed};
 use crate::base::turn::Turn;
 
-/// Bins by a hash of the size.
-const BINS: usize = 64;
 /// What a block that is asked for again is worth, against those that are given up.
 const HIT: i32 = 2;
-/// A bin gains no more credit than this, and loses no more.
+/// A set gains no more credit than this, and loses no more.
 const MOST_CREDIT: i32 = 32;
 const LEAST_CREDIT: i32 = -16;
-/// Most blocks in a bin.
-pub(super) const DEPTH: usize = 8;
+/// So many blocks of other sizes give way to one that has no place.
+const GIVE_WAY: usize = 4;
 /// Most spare seats.
 const SEATS: usize = 32;
 
-/// A cached block: the number of its record, and its size.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Entry {
-    pub(super) record: u32,
-    pub(super) granules: u32,
-}
-
-/// Blocks of a few sizes, the oldest first.
-#[derive(Clone, Copy, Debug, Default)]
-struct Bin {
-    count: usize,
-    entries: [Entry; DEPTH],
-}
-
-impl Bin {
-    #[inline]
-    fn remove(&mut self, at: usize) -> Entry {
-        let entry = self.entries[at];
-        self.count -= 1;
-        if at != self.count {
-            self.entries.copy_within(at + 1..=self.count, at);
-        }
-        entry
-    }
-}
-
 /// What requests that a cache served add up to.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Served {
-    pub(super) allocations: u64,
-    pub(super) frees: u64,
+pub(in crate::gpu) struct Served {
+    /// Blocks that came in and went back to the books.
+    pub(super) returned: u64,
     pub(super) bytes: u64,
     pub(super) histogram: [u64; HISTOGRAM_BUCKETS],
 }
 
-/// What a cache holds.
+impl Served {
+    pub(in crate::gpu) fn allocations(&self) -> u64 {
+        self.histogram.iter().sum()
+    }
+}
+
+/// What the turn of a cache guards.
 #[derive(Debug)]
-pub(in crate::gpu) struct Bins {
+pub(in crate::gpu) struct Guarded {
     /// Whether blocks may be put in and taken out without the pool's lock.
     pub(super) open: bool,
     /// The lane of the stream, while the cache is open.
     pub(super) lane: u16,
-    pub(super) served: Served,
+    pub(in crate::gpu) served: Served,
     /// Spare ones for buffers, all alike; none in a cache that is shut. They lie here, so that no two caches write to
     /// one line of the processor's.
     seats: [Option<Arc<Seat>>; SEATS],
@@ -71,21 +50,10 @@ pub(in crate::gpu) struct Bins {
     spare: usize,
     /// Where to look next for something to give up.
     hand: usize,
-    /// Which bins hold blocks, and which may hold large ones.
-    filled: u64,
-    large: u64,
-    /// Granules from which on a block is large.
-    large_from: u32,
-    bins: [Bin; BINS],
+    filled: Filled,
 }
 
-const _: () = assert!(BINS == u64::BITS as usize);
-
-fn bin_of(granules: u32) -> usize {
-    (granules.wrapping_mul(0x9E37_79B1) >> (u32::BITS - BINS.ilog2())) as usize
-}
-
-impl Bins {
+impl Guarded {
     /// A seat, of which one stays here for those who come when there are no spare ones.
     #[inline]
     pub(in crate::gpu) fn seat(&mut self) -> Option<Arc<Seat>> {
@@ -115,87 +83,19 @@ impl Bins {
         self.spare = 0;
         self.seats.iter_mut().filter_map(Option::take).collect()
     }
-
-    /// The youngest block of this size that `fits`; it is taken out.
-    #[inline(always)]
-    pub(super) fn pop(&mut self, granules: u32, fits: impl Fn(u32) -> bool) -> Option<Entry> {
-        let at = bin_of(granules);
-        let bin = &self.bins[at];
-        let fitting = |entry: &Entry| entry.granules == granules && fits(entry.record);
-        let place = bin.entries[..bin.count].iter().rposition(fitting)?;
-        Some(self.remove(at, place))
-    }
-
-    #[inline]
-    fn remove(&mut self, at: usize, place: usize) -> Entry {
-        let entry = self.bins[at].remove(place);
-        if self.bins[at].count == 0 {
-            self.filled &= !(1 << at);
-            self.large &= !(1 << at);
-        }
-        entry
-    }
-
-    /// Puts a block in; false where its bin is full.
-    #[inline]
-    pub(super) fn push(&mut self, entry: Entry) -> bool {
-        let at = bin_of(entry.granules);
-        let bin = &mut self.bins[at];
-        let room = bin.count < DEPTH;
-        if room {
-            bin.entries[bin.count] = entry;
-            bin.count += 1;
-            self.filled |= 1 << at;
-            self.large |= u64::from(entry.granules >= self.large_from) << at;
-        }
-        room
-    }
-
-    /// Takes out the oldest block of the bin that a size falls in.
-    pub(super) fn pop_oldest(&mut self, granules: u32) -> Option<Entry> {
-        let at = bin_of(granules);
-        (self.bins[at].count != 0).then(|| self.remove(at, 0))
-    }
-
-    /// Takes out some block, bin by bin.
-    pub(super) fn pop_any(&mut self) -> Option<Entry> {
-        let behind = self.filled & (!0 << self.hand);
-        let from = if behind != 0 { behind } else { self.filled };
-        (from != 0).then(|| {
-            self.hand = from.trailing_zeros() as usize;
-            self.remove(self.hand, 0)
-        })
-    }
-
-    /// Takes out the large blocks.
-    pub(super) fn extract_large(&mut self, out: &mut dyn FnMut(Entry)) {
-        for at in bits(std::mem::take(&mut self.large)) {
-            let mut place = 0;
-            while place < self.bins[at].count {
-                if self.bins[at].entries[place].granules >= self.large_from {
-                    out(self.remove(at, place));
-                } else {
-                    place += 1;
-                }
-            }
-        }
-    }
-
-    /// All blocks, by bin.
-    pub(super) fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
-        self.bins.iter().flat_map(|bin| bin.entries[..bin.count].iter().copied())
-    }
 }
 
 /// The cache of one stream, or of the CPU.
 #[derive(Debug)]
 #[repr(align(128))]
 pub(in crate::gpu) struct Cache {
-    pub(in crate::gpu) bins: Turn<Bins>,
-    /// How much more often the blocks of a bin were asked for than given up, within bounds. Changed without care for
+    pub(in crate::gpu) turn: Turn<Guarded>,
+    /// Changes while `turn` is held.
+    sizes: Sizes,
+    /// How much more often the blocks of a set were asked for than given up, within bounds. Changed without care for
     /// others: a count that is lost changes what is cached, and nothing else.
-    credit: [AtomicI32; BINS],
-    /// Bytes cached; changes while `bins` is locked.
+    credit: [AtomicI32; SETS],
+    /// Bytes cached; changes while `turn` is held.
     bytes: AtomicUsize,
     blocks: AtomicUsize,
     /// The least that `bytes` was since [`settle_low`](Self::settle_low).
@@ -205,20 +105,18 @@ pub(in crate::gpu) struct Cache {
 impl Cache {
     /// A cache for blocks of which those from `large_from` granules on are large.
     pub(super) fn new(large_from: u32) -> Self {
-        let bins = Bins {
+        let inside = Guarded {
             open: false,
             lane: CLEAN,
             served: Served::default(),
             seats: [const { None }; SEATS],
             spare: 0,
             hand: 0,
-            filled: 0,
-            large: 0,
-            large_from,
-            bins: [Bin::default(); BINS],
+            filled: Filled::default(),
         };
         Self {
-            bins: Turn::new(bins),
+            turn: Turn::new(inside),
+            sizes: Sizes::new(large_from),
             credit: std::array::from_fn(|_| AtomicI32::new(0)),
             bytes: AtomicUsize::new(0),
             blocks: AtomicUsize::new(0),
@@ -226,16 +124,103 @@ impl Cache {
         }
     }
 
-    /// A block of this size was asked for again.
-    #[inline]
-    pub(super) fn asked_again(&self, granules: u32) {
-        let credit = &self.credit[bin_of(granules)];
+    /// Where a block of this size lies, if there is one. Asked without the turn, before it is taken: most requests that
+    /// no cache serves need not take it.
+    #[inline(always)]
+    pub(super) fn look(&self, granules: u32) -> Option<Place> {
+        self.sizes.find(granules).filter(|&place| self.sizes.any(place))
+    }
+
+    /// Takes out the youngest block at a place of which the address has none of the bits of `mask`.
+    #[inline(always)]
+    pub(super) fn pop<'a>(
+        &self,
+        _inside: &mut Guarded,
+        place: Place,
+        records: &'a Records,
+        mask: usize,
+    ) -> Option<&'a Record> {
+        let record = self.sizes.pop(place, records, mask)?;
+        self.less(record.len());
+        // It was asked for again.
+        let credit = &self.credit[place.set];
         credit.store((credit.load(Relaxed) + HIT).min(MOST_CREDIT), Relaxed);
+        Some(record)
+    }
+
+    /// Puts a block in; false where there is no place for its size.
+    #[inline(always)]
+    pub(super) fn push(&self, inside: &mut Guarded, granules: u32, number: u32, record: &Record) -> bool {
+        let Some(place) = self.sizes.find(granules) else { return false };
+        self.sizes.push(&mut inside.filled, place, number, record);
+        self.more(record.len());
+        true
+    }
+
+    /// Makes a place for blocks of this size; what has to give way goes to `out`. False where that is not enough.
+    pub(super) fn make_place(
+        &self,
+        inside: &mut Guarded,
+        granules: u32,
+        records: &Records,
+        out: &mut dyn FnMut(&Record),
+    ) -> bool {
+        if self.sizes.claim(granules).is_some() {
+            return true;
+        }
+        let set = self.sizes.set_of(granules);
+        inside.hand += 1;
+        for _ in 0..GIVE_WAY {
+            if let Some(record) = self.sizes.pop_of(set, inside.hand, records) {
+                self.less(record.len());
+                inside.served.returned += 1;
+                self.given_up_of(set);
+                out(record);
+            }
+            if self.sizes.claim(granules).is_some() {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Takes out some block, for others to use.
+    pub(super) fn pop_any<'a>(&self, inside: &mut Guarded, records: &'a Records) -> Option<&'a Record> {
+        let record = self.sizes.pop_any(&mut inside.filled, &mut inside.hand, records)?;
+        self.less(record.len());
+        inside.served.returned += 1;
+        Some(record)
+    }
+
+    /// Takes out all blocks of at least so many granules.
+    pub(super) fn drain(
+        &self,
+        inside: &mut Guarded,
+        records: &Records,
+        least: u32,
+        out: &mut dyn FnMut(&Record),
+    ) {
+        let Guarded { filled, served, .. } = inside;
+        self.sizes.drain(filled, records, least, &mut |record| {
+            self.less(record.len());
+            served.returned += 1;
+            out(record);
+        });
+    }
+
+    /// Forgets all blocks, and that any were freed but those that were allocated.
+    pub(super) fn forget(&self, inside: &mut Guarded, records: &Records) {
+        self.drain(inside, records, 0, &mut |_| ());
+        inside.served.returned = 0;
     }
 
     /// A block of this size was given up for others to use.
     pub(super) fn given_up(&self, granules: u32) {
-        let credit = &self.credit[bin_of(granules)];
+        self.given_up_of(self.sizes.set_of(granules));
+    }
+
+    fn given_up_of(&self, set: usize) {
+        let credit = &self.credit[set];
         let before = credit.load(Relaxed);
         credit.store(if before > 0 { before - 1 } else { LEAST_CREDIT }, Relaxed);
     }
@@ -244,7 +229,7 @@ impl Cache {
     /// find out.
     #[inline]
     pub(super) fn is_worth(&self, granules: u32) -> bool {
-        let credit = &self.credit[bin_of(granules)];
+        let credit = &self.credit[self.sizes.set_of(granules)];
         let before = credit.load(Relaxed);
         if before < 0 {
             credit.store(before + 1, Relaxed);
@@ -252,14 +237,22 @@ impl Cache {
         before >= -1
     }
 
-    pub(super) fn bytes(&self) -> usize {
+    /// The size of every chain, with the number of its youngest block; the cache is locked.
+    pub(super) fn chains(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.sizes.chains()
+    }
+
+    #[inline]
+    pub(in crate::gpu) fn bytes(&self) -> usize {
         self.bytes.load(Relaxed)
     }
 
+    #[inline]
     pub(in crate::gpu) fn blocks(&self) -> usize {
         self.blocks.load(Relaxed)
     }
 
+    #[inline]
     pub(super) fn low(&self) -> usize {
         self.low.load(Relaxed)
     }

@@ -5,13 +5,14 @@
 //!   take ─► cache of the stream ─► block of that very size              no books, no driver
 //!              │ nothing there
 //!              ▼
-//!           the large blocks of this cache go back, for a large request ─► books, under the pool's lock ─► what all
-//!           caches hold goes back ─► books ─► driver
+//!           the large blocks of this cache go back, for a large request ─► books, under the pool's lock ─► its small
+//!           ones go back, the larger ones first, for a small request ─► books ─► what all caches hold goes back
+//!           ─► books ─► driver
 //!
 //!   give ─► record of the address ─► cache of the stream                no books, no driver
 //!              │ none yet, or no room
 //!              ▼
-//!           books: makes a record; what must give way goes back, several at a time
+//!           books: makes a record; what must give way goes back
 //! ```
 //! A cache belongs to a stream (by its slot), or to the CPU, of which there are several so that threads seldom meet.
 //! A stream is usually one thread's, and then so is its cache; where two threads share a stream, what one frees the
@@ -19,7 +20,8 @@
 //! nothing happens when a thread ends.
 //!
 //! To the books a cached block is live; it is free to everybody else, who see [`Records`]. Blocks are cached after their
-//! first free, of which the record is made, if blocks of such sizes were asked for again lately.
+//! first free, of which the record is made, if blocks of such sizes were asked for again lately. Of one size there may be
+//! any number: programs free hundreds of small blocks one after the other before they ask for them again.
 //!
 //! Invariants
 //! 1. A cache holds blocks that were freed on its stream and on no other (or, the CPU's, of which all work is complete),
@@ -34,6 +36,7 @@
 
 mod cache;
 mod records;
+mod sizes;
 
 use core::cell::Cell;
 use std::sync::{Arc, OnceLock};
@@ -48,10 +51,9 @@ use crate::base::stats::MemoryStats;
 use crate::base::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use crate::engine::Broken;
 
-pub(super) use cache::{Bins, Cache};
+pub(super) use cache::{Cache, Guarded};
 pub(super) use records::{CACHED, PUBLISHED, Record, Records, SHARED};
-
-use cache::{DEPTH, Entry};
+pub(super) use sizes::Place;
 
 /// Blocks up to this size are cached.
 const MOST_BYTES: usize = 256 << 20;
@@ -59,6 +61,10 @@ const MOST_BYTES: usize = 256 << 20;
 const LEAST_CAP: usize = MOST_BYTES;
 /// ... or this part of the pool if that is more.
 const PART: usize = 16;
+/// A cache holds this many blocks at most: they go back one by one when memory is short.
+pub(super) const MOST_BLOCKS: usize = 4096;
+/// Small requests that find no room have cached blocks back from these sizes on, one after the other.
+const STEPS: [usize; 4] = [256 << 10, 64 << 10, 16 << 10, 0];
 /// Slots come in rows, each made when one of its streams caches something.
 const ROW: usize = 64;
 /// Caches of the CPU.
@@ -229,28 +235,33 @@ impl Front {
     /// A cached block for a request of `bytes`, rounded as the pool rounds them.
     #[inline]
     pub(super) fn take(&self, cache: &Cache, bytes: usize, align: usize) -> Option<Placed> {
-        Some(self.pick(cache, &mut *cache.bins.try_lock()?, bytes, align)?.placed())
+        let place = self.look(cache, bytes)?;
+        Some(self.pick(cache, &mut *cache.turn.try_lock()?, place, bytes, align)?.placed())
     }
 
-    /// [`take`](Self::take) from a cache that is locked. What is known of the block is returned as a reference, in a
-    /// register: values that are written here and read by the caller in other widths would wait for each other.
+    /// Where the block for a request lies, if there is one.
     #[inline(always)]
-    pub(super) fn pick(&self, cache: &Cache, bins: &mut Bins, bytes: usize, align: usize) -> Option<&Record> {
-        let granules = u32::try_from(bytes.checked_add((1 << self.shift) - 1)? >> self.shift).ok()?;
-        let fits = |number| {
-            align <= 1 << self.shift
-                // Alignments are powers of two; a division would be a sixth of the pair.
-                || self.records.get(number).is_some_and(|record| record.start() & (align - 1) == 0)
-        };
-        let entry = bins.pop(granules, fits)?;
-        let record = self.records.get(entry.record)?;
-        let len = record.len();
-        record.set(CACHED, false);
-        cache.less(len);
-        cache.asked_again(granules);
-        let served = &mut bins.served;
-        served.allocations += 1;
-        served.bytes += len as u64;
+    pub(super) fn look(&self, cache: &Cache, bytes: usize) -> Option<Place> {
+        let granules = bytes.checked_add((1 << self.shift) - 1)? >> self.shift;
+        cache.look(u32::try_from(granules).ok()?)
+    }
+
+    /// [`take`](Self::take) from a cache that is locked, of a block that was looked for. What is known of the block is
+    /// returned as a reference, in a register: values that are written here and read by the caller in other widths would
+    /// wait for each other.
+    #[inline(always)]
+    pub(super) fn pick(
+        &self,
+        cache: &Cache,
+        inside: &mut Guarded,
+        place: Place,
+        bytes: usize,
+        align: usize,
+    ) -> Option<&Record> {
+        // Alignments are powers of two; a division would be a sixth of the pair.
+        let record = cache.pop(inside, place, &self.records, align - 1)?;
+        let served = &mut inside.served;
+        served.bytes += record.len() as u64;
         served.histogram[MemoryStats::bucket(bytes)] += 1;
         Some(record)
     }
@@ -261,7 +272,7 @@ impl Front {
     pub(super) fn give(&self, cache: &Cache, start: usize, by_address: bool) -> bool {
         // Most blocks that come here by way of the books have no record, and need no lock to see that.
         let Some(found) = self.find(start) else { return false };
-        cache.bins.try_lock().is_some_and(|mut bins| self.put(cache, &mut bins, found, by_address))
+        cache.turn.try_lock().is_some_and(|mut inside| self.put(cache, &mut inside, found, by_address))
     }
 
     /// The record of a block, and its number.
@@ -275,7 +286,7 @@ impl Front {
     pub(super) fn put(
         &self,
         cache: &Cache,
-        bins: &mut Bins,
+        inside: &mut Guarded,
         (number, record): (u32, &Record),
         by_address: bool,
     ) -> bool {
@@ -284,14 +295,10 @@ impl Front {
             return false;
         }
         let len = record.len();
-        let entry = Entry { record: number, granules: (len >> self.shift) as u32 };
-        if !bins.open || cache.bytes() + len > self.cap.load(Relaxed) || !bins.push(entry) {
+        if !inside.open || !self.has_room(cache, len) {
             return false;
         }
-        record.set(CACHED, true);
-        cache.more(len);
-        bins.served.frees += 1;
-        true
+        cache.push(inside, (len >> self.shift) as u32, number, record)
     }
 
     /// Caches a block that is freed on `lane`, and lets others give way; false where it must go to the books.
@@ -314,33 +321,26 @@ impl Front {
         let Some(number) = core.make_record(ticket) else { return false };
         let Some(record) = self.records.get(number) else { return false };
         self.cap.store(LEAST_CAP.max(core.reserved / PART), Relaxed);
-        let mut bins = cache.bins.lock();
-        (bins.open, bins.lane) = (true, lane);
-        while cache.bytes() + len > self.cap.load(Relaxed) {
-            let Some(entry) = bins.pop_any() else { break };
-            cache.given_up(entry.granules);
-            self.put_back(core, driver, cache, lane, entry);
+        let mut inside = cache.turn.lock();
+        (inside.open, inside.lane) = (true, lane);
+        while !self.has_room(cache, len) {
+            let Some(record) = cache.pop_any(&mut inside, &self.records) else { break };
+            cache.given_up((record.len() >> self.shift) as u32);
+            self.put_back(core, driver, lane, record);
         }
-        let entry = Entry { record: number, granules };
-        if !bins.push(entry) {
-            for _ in 0..DEPTH / 2 {
-                if let Some(oldest) = bins.pop_oldest(granules) {
-                    cache.given_up(granules);
-                    self.put_back(core, driver, cache, lane, oldest);
-                }
-            }
-            bins.push(entry);
-        }
-        record.set(CACHED, true);
-        cache.more(len);
-        bins.served.frees += 1;
-        true
+        let mut out = |record: &Record| self.put_back(core, driver, lane, record);
+        cache.make_place(&mut inside, granules, &self.records, &mut out)
+            && cache.push(&mut inside, granules, number, record)
+    }
+
+    /// Whether a cache may hold one more block of this size.
+    #[inline(always)]
+    fn has_room(&self, cache: &Cache, len: usize) -> bool {
+        cache.bytes() + len <= self.cap.load(Relaxed) && cache.blocks() < MOST_BLOCKS
     }
 
     /// Frees a block that was taken out of a cache (invariant 2).
-    fn put_back(&self, core: &mut Core, driver: &dyn Driver, cache: &Cache, lane: u16, entry: Entry) {
-        let Some(record) = self.records.get(entry.record) else { return };
-        cache.less(record.len());
+    fn put_back(&self, core: &mut Core, driver: &dyn Driver, lane: u16, record: &Record) {
         #[cfg(test)]
         let lane = match core.order.mutant {
             Some(super::order::Mutant::CleanCaches) => super::ranges::CLEAN,
@@ -349,17 +349,18 @@ impl Front {
         core.release(driver, record.ticket(), lane, None);
     }
 
-    fn empty(&self, core: &mut Core, driver: &dyn Driver, cache: &Cache) -> bool {
+    /// What a cache holds of blocks of at least so many bytes goes back to the books; whether there was anything.
+    pub(super) fn empty(&self, core: &mut Core, driver: &dyn Driver, cache: &Cache, least: usize) -> bool {
         if cache.blocks() == 0 {
             return false;
         }
-        let mut bins = cache.bins.lock();
-        let mut any = false;
-        while let Some(entry) = bins.pop_any() {
-            self.put_back(core, driver, cache, bins.lane, entry);
-            any = true;
-        }
-        any
+        let mut inside = cache.turn.lock();
+        let (lane, before) = (inside.lane, cache.blocks());
+        let least = (least >> self.shift) as u32;
+        cache.drain(&mut inside, &self.records, least, &mut |record| {
+            self.put_back(core, driver, lane, record)
+        });
+        before != cache.blocks()
     }
 
     /// For a large request, the large blocks that one cache holds go back to the books.
@@ -367,25 +368,31 @@ impl Front {
         if bytes < self.large_from || cache.blocks() == 0 {
             return;
         }
-        let mut bins = cache.bins.lock();
-        let lane = bins.lane;
-        bins.extract_large(&mut |entry| {
-            cache.given_up(entry.granules);
-            self.put_back(core, driver, cache, lane, entry);
+        let mut inside = cache.turn.lock();
+        let (lane, least) = (inside.lane, (self.large_from >> self.shift) as u32);
+        cache.drain(&mut inside, &self.records, least, &mut |record| {
+            cache.given_up((record.len() >> self.shift) as u32);
+            self.put_back(core, driver, lane, record);
         });
+    }
+
+    /// From which sizes on the blocks of its stream go back for a request that finds no room, step by step: the larger
+    /// ones are most of the bytes and the least of the blocks. Small blocks are of no use to a large request.
+    pub(super) fn steps(&self, bytes: usize) -> &'static [usize] {
+        if bytes < self.large_from { &STEPS } else { &[] }
     }
 
     /// What all caches hold goes back to the books; whether there was anything.
     pub(super) fn take_all_back(&self, core: &mut Core, driver: &dyn Driver) -> bool {
-        self.caches().fold(false, |any, cache| self.empty(core, driver, cache) | any)
+        self.caches().fold(false, |any, cache| self.empty(core, driver, cache, 0) | any)
     }
 
     /// Empties the cache of a stream and shuts it (invariant 3). The seats are dropped with no lock held.
     #[must_use]
     pub(super) fn shut_of(&self, core: &mut Core, driver: &dyn Driver, slot: u32) -> Vec<Arc<Seat>> {
         let Some(cache) = self.cache(Whose::Stream(slot)) else { return Vec::new() };
-        self.empty(core, driver, cache);
-        cache.bins.lock().shut()
+        self.empty(core, driver, cache, 0);
+        cache.turn.lock().shut()
     }
 
     /// Empties all caches and shuts them; [`keep`](Self::keep) opens them again. The seats are dropped with no lock
@@ -394,8 +401,8 @@ impl Front {
     pub(super) fn shut(&self, core: &mut Core, driver: &dyn Driver) -> Vec<Arc<Seat>> {
         let mut seats = Vec::new();
         for cache in self.caches() {
-            self.empty(core, driver, cache);
-            seats.append(&mut cache.bins.lock().shut());
+            self.empty(core, driver, cache, 0);
+            seats.append(&mut cache.turn.lock().shut());
         }
         // Whoever was quicker than that.
         self.take_all_back(core, driver);
@@ -405,11 +412,7 @@ impl Front {
     /// Forgets what is cached; the books forget it as well.
     pub(super) fn forget(&self) {
         for cache in self.caches() {
-            let mut bins = cache.bins.lock();
-            while let Some(entry) = bins.pop_any() {
-                cache.less(self.records.get(entry.record).map_or(0, |record| record.len()));
-            }
-            bins.served.frees = bins.served.allocations;
+            cache.forget(&mut cache.turn.lock(), &self.records);
         }
     }
 
@@ -433,7 +436,7 @@ impl Front {
     pub(super) fn settle_low(&self, cache: &Cache) {
         // Mostly there is nothing to do, and no need of the lock to see that.
         if cache.low() != cache.bytes() {
-            let _bins = cache.bins.lock();
+            let _held = cache.turn.lock();
             cache.settle_low();
         }
     }
@@ -441,7 +444,7 @@ impl Front {
     /// The same for all caches.
     pub(super) fn settle_lows(&self) {
         for cache in self.caches() {
-            let _bins = cache.bins.lock();
+            let _held = cache.turn.lock();
             cache.settle_low();
         }
     }
@@ -449,11 +452,16 @@ impl Front {
     /// Adds what the caches served to the counts of the books.
     pub(super) fn add_to(&self, stats: &mut MemoryStats) {
         for cache in self.caches() {
-            let served = cache.bins.lock().served;
-            stats.allocation_count += served.allocations;
-            stats.deallocation_count += served.frees;
+            let (served, blocks) = {
+                let inside = cache.turn.lock();
+                (inside.served, cache.blocks() as u64)
+            };
+            let allocations = served.allocations();
+            stats.allocation_count += allocations;
+            // Every block that came in was freed; it was handed out again, went back or lies there.
+            stats.deallocation_count += allocations + served.returned + blocks;
             stats.total_allocated += served.bytes;
-            stats.cache_hits += served.allocations;
+            stats.cache_hits += allocations;
             for (all, cached) in stats.size_histogram.iter_mut().zip(served.histogram) {
                 *all += cached;
             }
@@ -476,21 +484,24 @@ impl Front {
     /// and go there without the books.
     pub(super) fn check(&self, core: &Core) -> Result<(), Broken> {
         let (mut cached, mut bytes) = (0, 0);
-        let locked: Vec<_> = self.caches().map(|cache| (cache, cache.bins.lock())).collect();
-        for (cache, bins) in &locked {
+        let locked: Vec<_> = self.caches().map(|cache| (cache, cache.turn.lock())).collect();
+        for (cache, inside) in &locked {
             let (mut blocks, mut sum) = (0, 0);
-            for entry in bins.entries() {
-                let Some(record) = self.records.get(entry.record) else { continue };
-                let at = record.start();
-                if record.flags() & (CACHED | SHARED) != CACHED
-                    || record.len() >> self.shift != entry.granules as usize
-                {
-                    return Err(Broken { invariant: "what lies in a cache is cached", at });
+            for (granules, mut number) in cache.chains() {
+                while let Some(record) = self.records.get(number) {
+                    let at = record.start();
+                    if record.flags() & (CACHED | SHARED) != CACHED
+                        || record.len() >> self.shift != granules as usize
+                    {
+                        return Err(Broken { invariant: "what lies in a cache is cached", at });
+                    }
+                    (blocks, sum, number) = (blocks + 1, sum + record.len(), record.next());
+                    if blocks > cache.blocks() {
+                        return Err(Broken { invariant: "a chain of cached blocks ends", at });
+                    }
                 }
-                blocks += 1;
-                sum += record.len();
             }
-            if (blocks, sum) != (cache.blocks(), cache.bytes()) || blocks != 0 && !bins.open {
+            if (blocks, sum) != (cache.blocks(), cache.bytes()) || blocks != 0 && !inside.open {
                 return Err(Broken { invariant: "a cache counts what it holds", at: sum });
             }
             cached += blocks;

@@ -1,13 +1,14 @@
 //! What is known of blocks that caches hold, or handed out and may get back: found by address, without a lock.
 //!
 //! Records stand in sets of four; a block whose set is full has none, and is cached by nobody. They are made and
-//! removed under the pool's lock, and never move.
+//! removed under the pool's lock, and never move. The blocks of a cache are linked through them.
 //!
 //! Invariants
 //! 1. A record's `start` is not 0 exactly while it stands for a live block of the books, whose ticket and length
 //!    it has.
 //! 2. `CACHED` is set exactly while the block lies in a cache; it changes while that cache is locked.
-//! 3. Only the owner of a block (who got it, or a locked cache, or the locked pool) changes its record, so what an
+//! 3. While a block lies in a cache its link is the number of the next record of its chain, or `NONE`.
+//! 4. Only the owner of a block (who got it, or a locked cache, or the locked pool) changes its record, so what an
 //!    owner reads is what the last one wrote.
 
 use std::sync::OnceLock;
@@ -22,6 +23,13 @@ pub(in crate::gpu) const PUBLISHED: u32 = 2;
 /// Streams beside its own use the block.
 pub(in crate::gpu) const SHARED: u32 = 4;
 
+/// The bits below the link.
+const FLAG_BITS: u32 = 3;
+const FLAGS: u32 = (1 << FLAG_BITS) - 1;
+
+/// No record has this number, and the link has room for it.
+pub(super) const NONE: u32 = u32::MAX >> FLAG_BITS;
+
 const WAYS: usize = 4;
 
 #[derive(Debug, Default)]
@@ -29,19 +37,23 @@ pub(in crate::gpu) struct Record {
     start: AtomicUsize,
     len: AtomicUsize,
     ticket: AtomicU32,
-    flags: AtomicU32,
+    /// Flags, and the link above them.
+    state: AtomicU32,
 }
 
 impl Record {
+    #[inline]
     pub(in crate::gpu) fn start(&self) -> usize {
         self.start.load(Relaxed)
     }
 
+    #[inline]
     pub(in crate::gpu) fn len(&self) -> usize {
         self.len.load(Relaxed)
     }
 
     /// The block as the books placed it.
+    #[inline]
     pub(in crate::gpu) fn placed(&self) -> Placed {
         let published = self.flags() & PUBLISHED != 0;
         Placed { ticket: self.ticket(), start: self.start(), len: self.len(), published }
@@ -51,17 +63,42 @@ impl Record {
         self.len.store(len, Relaxed);
     }
 
+    #[inline]
     pub(in crate::gpu) fn ticket(&self) -> Ticket {
         Ticket::from_raw(self.ticket.load(Relaxed))
     }
 
+    #[inline]
     pub(in crate::gpu) fn flags(&self) -> u32 {
-        self.flags.load(Relaxed)
+        self.state.load(Relaxed) & FLAGS
     }
 
+    #[inline]
     pub(in crate::gpu) fn set(&self, flag: u32, on: bool) {
-        let flags = self.flags();
-        self.flags.store(if on { flags | flag } else { flags & !flag }, Relaxed);
+        let state = self.state.load(Relaxed);
+        self.state.store(if on { state | flag } else { state & !flag }, Relaxed);
+    }
+
+    /// The block enters a chain, before the block of this number.
+    #[inline(always)]
+    pub(super) fn enter(&self, next: u32) {
+        self.state.store(next << FLAG_BITS | self.flags() | CACHED, Relaxed);
+    }
+
+    /// The block leaves its chain; returns what came after it.
+    #[inline(always)]
+    pub(super) fn leave(&self) -> u32 {
+        let state = self.state.load(Relaxed);
+        self.state.store(state & FLAGS & !CACHED, Relaxed);
+        state >> FLAG_BITS
+    }
+
+    pub(super) fn next(&self) -> u32 {
+        self.state.load(Relaxed) >> FLAG_BITS
+    }
+
+    pub(super) fn set_next(&self, next: u32) {
+        self.state.store(next << FLAG_BITS | self.flags(), Relaxed);
     }
 }
 
@@ -98,7 +135,7 @@ impl Records {
     /// The record of this number.
     #[inline]
     pub(in crate::gpu) fn get(&self, number: u32) -> Option<&Record> {
-        self.sets.get()?.get(number as usize / WAYS)?.get(number as usize % WAYS)
+        self.sets.get()?.as_flattened().get(number as usize)
     }
 
     /// A record for a block that has none; `None` where there is no room.
@@ -112,7 +149,7 @@ impl Records {
         let record = &sets[set][way];
         record.len.store(len, Relaxed);
         record.ticket.store(ticket.raw(), Relaxed);
-        record.flags.store(flags, Relaxed);
+        record.state.store(flags, Relaxed);
         record.start.store(start, Relaxed);
         Some((set * WAYS + way) as u32)
     }

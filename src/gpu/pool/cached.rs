@@ -3,14 +3,13 @@
 use std::sync::Arc;
 
 use super::super::core::Placed;
-use super::super::front::{Bins, Cache, Record, Whose};
+use super::super::front::{Cache, Guarded, Place, Record, Whose};
 use super::super::seat::Seat;
 use super::super::stream::Stream;
 use super::inner::Inner;
 use super::options;
 use crate::base::error::{Error, OomReason, Result};
 use crate::base::pool::AllocFlags;
-use crate::base::turn::TurnGuard;
 
 impl Inner {
     /// A cached block, and a seat, if the cache has one; a seat alone where the request takes more than a look into the
@@ -23,31 +22,45 @@ impl Inner {
         align: usize,
         stream: Option<&Stream>,
     ) -> (Option<&Record>, Option<Arc<Seat>>) {
-        let Some((cache, mut bins)) = self.turn(stream) else { return (None, None) };
-        (self.pick(cache, &mut bins, bytes, align), bins.seat())
+        let Some(cache) = self.plain_cache(stream) else { return (None, None) };
+        let Some(mut inside) = cache.turn.try_lock() else { return (None, None) };
+        let place = self.look(cache, bytes);
+        (place.and_then(|place| self.pick(cache, &mut inside, place, align)), inside.seat())
     }
 
     /// A cached block alone.
     #[inline(never)]
     pub(super) fn take_record(&self, bytes: usize, align: usize, stream: Option<&Stream>) -> Option<&Record> {
-        let (cache, mut bins) = self.turn(stream)?;
-        self.pick(cache, &mut bins, bytes, align)
+        let cache = self.plain_cache(stream)?;
+        let place = self.look(cache, bytes)?;
+        self.pick(cache, &mut *cache.turn.try_lock()?, place, align)
     }
 
     /// The cache of a stream, or the CPU's, if that can be said at a glance.
     #[inline(always)]
-    fn turn(&self, stream: Option<&Stream>) -> Option<(&Cache, TurnGuard<'_, Bins>)> {
+    fn plain_cache(&self, stream: Option<&Stream>) -> Option<&Cache> {
         if self.watch.is_some() || !stream.is_none_or(|stream| self.orders_by(stream)) {
             return None;
         }
-        let cache = self.front.cache(Whose::of(stream, None)?)?;
-        Some((cache, cache.bins.try_lock()?))
+        self.front.cache(Whose::of(stream, None)?)
+    }
+
+    /// Where a block for a request lies, and the bytes that the pool makes of it.
+    #[inline(always)]
+    fn look(&self, cache: &Cache, bytes: usize) -> Option<(Place, usize)> {
+        let rounded = options::rounded(&self.config, bytes)?;
+        Some((self.front.look(cache, rounded)?, rounded))
     }
 
     #[inline(always)]
-    fn pick(&self, cache: &Cache, bins: &mut Bins, bytes: usize, align: usize) -> Option<&Record> {
-        let rounded = options::rounded(&self.config, bytes)?;
-        self.front.pick(cache, bins, rounded, align.max(self.config.alignment))
+    fn pick(
+        &self,
+        cache: &Cache,
+        inside: &mut Guarded,
+        (place, rounded): (Place, usize),
+        align: usize,
+    ) -> Option<&Record> {
+        self.front.pick(cache, inside, place, rounded, align.max(self.config.alignment))
     }
 
     /// Whether the stream orders this pool's memory, for this thread, and is in no capture, at a glance: the stream of
@@ -76,10 +89,11 @@ impl Inner {
         // Now it is known that a stream which others may capture is not captured just now.
         if let Some(stream) = stream.filter(|stream| session.is_none() && stream.may_be_captured())
             && let Some(cache) = self.front.cache(Whose::Stream(stream.slot()))
-            && let Some(mut bins) = cache.bins.try_lock()
-            && let Some(record) = self.pick(cache, &mut bins, bytes, align)
+            && let Some(mut inside) = cache.turn.try_lock()
+            && let Some(place) = self.look(cache, bytes)
+            && let Some(record) = self.pick(cache, &mut inside, place, align)
         {
-            return Ok((record.placed(), bins.seat()));
+            return Ok((record.placed(), inside.seat()));
         }
         let overflow = Error::oom(bytes, OomReason::Overflow);
         let rounded = options::rounded(&self.config, bytes).ok_or(overflow)?;

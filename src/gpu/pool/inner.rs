@@ -13,7 +13,7 @@ use super::super::capture::Session;
 use super::super::core::{Ask, Core, Placed, Ticket};
 use super::super::device::{GpuDevice, Member};
 use super::super::driver::Space;
-use super::super::front::{Front, Whose};
+use super::super::front::{Cache, Front, Whose};
 use super::super::handle::Users;
 use super::super::ranges::CLEAN;
 use super::super::stream::Stream;
@@ -166,7 +166,7 @@ impl Inner {
         }
         let placed = match core.place(ask) {
             Some(placed) => placed,
-            None => match self.search(&mut core, ask) {
+            None => match self.search(&mut core, cache, ask) {
                 Some(placed) => placed,
                 None => {
                     drop(core);
@@ -185,12 +185,23 @@ impl Inner {
 
     /// A block that the stream does not find among what is free to it at once.
     #[cold]
-    fn search(&self, core: &mut Core, ask: Ask) -> Option<Placed> {
+    fn search(&self, core: &mut Core, own: Option<&Cache>, ask: Ask) -> Option<Placed> {
         let driver = &*self.device.0.driver;
         core.note_miss();
-        core.place_slow(driver, ask).or_else(|| {
-            self.front.take_all_back(core, driver).then(|| core.place_slow(driver, ask)).flatten()
-        })
+        if let Some(placed) = core.place_slow(driver, ask) {
+            return Some(placed);
+        }
+        // What the stream itself freed takes no call to the driver.
+        let mut any = false;
+        for &least in self.front.steps(ask.bytes) {
+            if own.is_some_and(|own| self.front.empty(core, driver, own, least)) {
+                any = true;
+                if let Some(placed) = core.place(ask) {
+                    return Some(placed);
+                }
+            }
+        }
+        (self.front.take_all_back(core, driver) | any).then(|| core.place_slow(driver, ask)).flatten()
     }
 
     /// Says no to streams that cannot order this pool's memory.

@@ -55,8 +55,8 @@ use crate::base::pool::{AllocFlags, MemoryType};
 /// ```
 ///
 /// Freed blocks up to 256 MiB, of sizes that were asked for again lately, wait in a cache of their stream (the CPU's, in
-/// sixteen that threads share) for the next request of that size: at most eight of a size, and at most 256 MiB or a
-/// sixteenth of the pool. They count as free, and go back before the pool asks the driver for memory. Who wants them back sooner
+/// sixteen that threads share) for the next request of that size: at most 4096, and at most 256 MiB or a sixteenth of the
+/// pool. They count as free, and go back before the pool asks the driver for memory. Who wants them back sooner
 /// calls [`trim`](Self::trim) or [`process_deferred`](Self::process_deferred); a pool whose strategy places by
 /// address (`Strategy::FirstFit`) caches nothing.
 ///
