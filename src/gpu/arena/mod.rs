@@ -404,6 +404,9 @@ impl Core {
     /// Walks the invariants of the pieces.
     pub(super) fn check_pieces(&self) -> Result<(), Broken> {
         let Some(pieces) = &self.pieces else { return Ok(()) };
+        if let Some(at) = pieces.misplaced() {
+            return Err(Broken { invariant: "pieces are kept by address", at });
+        }
         let (mut backed, mut broken) = (0, None);
         for zone in &self.zones {
             zone.for_each(&mut |range| {

@@ -6,7 +6,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use super::Done;
 use super::shadows::Shadows;
@@ -101,7 +101,8 @@ impl Gap {
 #[derive(Debug)]
 pub(in crate::gpu) struct Pieces {
     pub(in crate::gpu) unit: usize,
-    mapped: BTreeMap<usize, Piece>,
+    /// By address.
+    mapped: Vec<(usize, Piece)>,
     shadows: Shadows,
     pub(in crate::gpu) spare: Vec<Piece>,
     bytes: usize,
@@ -111,8 +112,8 @@ pub(in crate::gpu) struct Pieces {
 impl Pieces {
     /// Pieces in multiples of `unit`, a power of two.
     pub(in crate::gpu) fn new(unit: usize) -> Self {
-        let (mapped, shadows) = (BTreeMap::new(), Shadows::default());
-        Self { unit, mapped, shadows, spare: Vec::new(), bytes: 0, spare_bytes: 0 }
+        let shadows = Shadows::default();
+        Self { unit, mapped: Vec::new(), shadows, spare: Vec::new(), bytes: 0, spare_bytes: 0 }
     }
 
     /// Bytes of all pieces.
@@ -127,12 +128,14 @@ impl Pieces {
 
     pub(in crate::gpu) fn metadata_bytes(&self) -> usize {
         // A B-tree's nodes are two thirds full or more, but for small ones.
-        (self.mapped.len() + self.shadows.len()) * (size_of::<usize>() + size_of::<Piece>()) * 3 / 2
+        self.shadows.len() * size_of::<(usize, Piece)>() * 3 / 2
+            + self.mapped.capacity() * size_of::<(usize, Piece)>()
             + self.spare.capacity() * size_of::<Piece>()
     }
 
     pub(in crate::gpu) fn remove(&mut self, at: usize) -> Option<Piece> {
-        let piece = self.mapped.remove(&at)?;
+        let place = self.mapped.binary_search_by_key(&at, |&(at, _)| at).ok()?;
+        let (_, piece) = self.mapped.remove(place);
         self.bytes -= piece.len;
         Some(piece)
     }
@@ -153,21 +156,31 @@ impl Pieces {
 
     /// The mapped pieces that begin in `[from, to)`.
     pub(in crate::gpu) fn within(&self, from: usize, to: usize) -> impl Iterator<Item = (usize, Piece)> + '_ {
-        // One bound is found faster than two.
-        let behind = self.mapped.range(from..).map(|(&at, &piece)| (at, piece));
-        behind.take_while(move |&(at, _)| at < to)
+        self.mapped[self.before(from)..].iter().copied().take_while(move |&(at, _)| at < to)
+    }
+
+    /// How many mapped pieces begin in front of an address.
+    fn before(&self, address: usize) -> usize {
+        self.mapped.partition_point(|&(at, _)| at < address)
+    }
+
+    /// How many begin there or in front.
+    fn up_to(&self, address: usize) -> usize {
+        self.mapped.partition_point(|&(at, _)| at <= address)
     }
 
     /// Whether there is memory at an address.
     pub(in crate::gpu) fn covers(&self, address: usize) -> bool {
-        let last = self.mapped.range(..=address).next_back();
+        let last = self.mapped[..self.up_to(address)].last();
         last.is_some_and(|(at, piece)| address < at + piece.len)
     }
 
     /// Notes where pieces are.
     pub(in crate::gpu) fn keep(&mut self, done: &Done) {
         self.bytes += done.mapped.iter().map(|(_, piece)| piece.len).sum::<usize>();
-        self.mapped.extend(done.mapped.iter().copied());
+        for &(at, piece) in &done.mapped {
+            self.mapped.insert(self.before(at), (at, piece));
+        }
         done.spare.iter().for_each(|&piece| self.put_spare(piece));
         done.shadows.iter().for_each(|&(at, piece)| self.shadows.put(at, piece));
     }
@@ -307,24 +320,35 @@ impl Pieces {
 
     /// Whether mapped pieces cover `[from, to)` without a break.
     pub(in crate::gpu) fn cover_all(&self, from: usize, to: usize) -> bool {
-        let first = self.mapped.range(..=from).next_back().map(|(&at, _)| at);
-        let Some(mut at) = first else { return from == to };
-        while at < to {
-            match self.mapped.get(&at) {
-                Some(piece) => at += piece.len,
-                None => return false,
+        let first = self.up_to(from).saturating_sub(1);
+        let mut at = from;
+        for (start, piece) in &self.mapped[first..] {
+            if at >= to || *start > at {
+                break;
             }
+            at = at.max(start + piece.len);
         }
-        true
+        at >= to
+    }
+
+    /// A mapped piece that does not lie in front of the next.
+    pub(super) fn misplaced(&self) -> Option<usize> {
+        let wrong = |pair: &&[(usize, Piece)]| pair[0].0 + pair[0].1.len > pair[1].0;
+        self.mapped.windows(2).find(wrong).map(|pair| pair[0].0)
     }
 
     /// A shadow that breaks invariant 5 of the [arena](super), if there is one.
     pub(super) fn misplaced_shadow(&self) -> Option<usize> {
-        let known: HashMap<Handle, usize> =
-            self.mapped.values().chain(&self.spare).map(|piece| (piece.handle, piece.len)).collect();
+        let known: HashMap<Handle, usize> = self
+            .mapped
+            .iter()
+            .map(|(_, piece)| piece)
+            .chain(&self.spare)
+            .map(|piece| (piece.handle, piece.len))
+            .collect();
         let mut end = 0;
         let mut wrong = |(at, piece): &(usize, Piece)| {
-            let overlaps = *at < end || self.mapped.range(*at..at + piece.len).next().is_some();
+            let overlaps = *at < end || self.within(*at, at + piece.len).next().is_some();
             end = at + piece.len;
             overlaps || self.covers(*at) || known.get(&piece.handle) != Some(&piece.len)
         };
