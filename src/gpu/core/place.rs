@@ -173,7 +173,7 @@ impl Core {
             _ => tag,
         };
         let usable = |other: Tag| other.lane != MIXED && order.may_use(ask.lane, other);
-        self.zones[zone].join_neighbours(tag, &usable)
+        self.zones[zone].join_neighbours(tag, usable)
     }
 
     /// Step 4: the best fit of another lane.
@@ -207,7 +207,7 @@ impl Core {
         let granules = self.zones[zone].granules(ask.bytes)?;
         let order = &self.order;
         let (first, mut tags) =
-            self.zones[zone].best_run(granules, ask.align, ask.lane, &|tag| !order.is_private(tag))?;
+            self.zones[zone].best_run(granules, ask.align, ask.lane, |tag| !order.is_private(tag))?;
         // The latest batch of each lane first, so that one wait covers the others.
         tags.sort_unstable_by_key(|tag| std::cmp::Reverse(tag.batch));
         for &tag in &tags {
@@ -215,7 +215,7 @@ impl Core {
         }
         let order = &self.order;
         let node =
-            self.zones[zone].join_run(first, self.order.tag_now(ask.lane), &|tag| !order.is_private(tag));
+            self.zones[zone].join_run(first, self.order.tag_now(ask.lane), |tag| !order.is_private(tag));
         tags.into_iter().for_each(|tag| self.order.forget_mixed(tag));
         self.zones[zone].carve(node, granules, ask.align, ask.lane)
     }

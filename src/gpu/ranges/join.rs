@@ -218,12 +218,12 @@ impl Ranges {
 
     /// Joins the free ranges of a lane with neighbours that it may use as well, under the tag of what it frees
     /// now; returns whether any joined.
-    pub(in crate::gpu) fn join_neighbours(&mut self, tag: Tag, usable: &dyn Fn(Tag) -> bool) -> bool {
+    pub(in crate::gpu) fn join_neighbours(&mut self, tag: Tag, usable: impl Fn(Tag) -> bool) -> bool {
         let mut joined = false;
-        for found in self.collect(tag.lane, |node| self.has_mate(node, usable)) {
+        for found in self.collect(tag.lane, |node| self.has_mate(node, &usable)) {
             if self.is_still(found, tag.lane) {
                 self.unlink(found.0);
-                let merged = self.join(found.0, usable);
+                let merged = self.join(found.0, &usable);
                 // The lane waited for what joined at some moment up to now; only its open batch covers that.
                 self.nodes[merged as usize].set_tag(tag);
                 joined = true;
@@ -239,7 +239,7 @@ impl Ranges {
         granules: u32,
         align: usize,
         own: u16,
-        usable: &dyn Fn(Tag) -> bool,
+        usable: impl Fn(Tag) -> bool,
     ) -> Option<(u32, Vec<Tag>)> {
         let usable = |node: &Node| node.state() == FREE && usable(node.tag());
         // So what is to be found has other lanes' ranges in it, or is large enough alone.
@@ -296,7 +296,7 @@ impl Ranges {
     }
 
     /// Makes one free range of the run that begins at `first`, for `tag`.
-    pub(in crate::gpu) fn join_run(&mut self, first: u32, tag: Tag, usable: &dyn Fn(Tag) -> bool) -> u32 {
+    pub(in crate::gpu) fn join_run(&mut self, first: u32, tag: Tag, usable: impl Fn(Tag) -> bool) -> u32 {
         self.unlink(first);
         self.nodes[first as usize].set_tag(tag);
         self.join(first, usable)
@@ -304,7 +304,7 @@ impl Ranges {
 
     /// Gives one free range the tag `tag` and joins it with the neighbours of that lane.
     pub(in crate::gpu) fn give(&mut self, node: u32, tag: Tag) -> u32 {
-        self.join_run(node, tag, &|_| false)
+        self.join_run(node, tag, |_| false)
     }
 }
 
