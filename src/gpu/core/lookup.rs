@@ -73,7 +73,7 @@ impl Core {
         (0..=LARGE).find_map(|zone| self.find_in(zone, start))
     }
 
-    #[inline]
+    #[inline(always)]
     fn find_in(&self, zone: usize, start: usize) -> Option<Ticket> {
         let (node, flags) = self.zones[zone].find(start)?;
         let ticket = Ticket::new(zone, node);

@@ -20,14 +20,20 @@ use crate::gpu::ranges::{CLEAN, FIRST, MIXED, Tag};
 
 impl Core {
     /// Step 1.
-    #[inline]
+    #[inline(always)]
     pub(in crate::gpu) fn place(&mut self, ask: Ask) -> Option<Placed> {
         let zone = self.zone_of(ask.bytes);
-        let node = match self.cut_own(zone, ask) {
+        let node = match self.cut(zone, ask) {
             Some(node) => node,
             None => self.cut_joined(zone, ask)?,
         };
         Some(self.hand_out(zone, node, ask))
+    }
+
+    /// The same, for who is in no hurry.
+    #[inline(never)]
+    pub(in crate::gpu) fn place_again(&mut self, ask: Ask) -> Option<Placed> {
+        self.place(ask)
     }
 
     /// Step 1 after what was left as it was freed is joined.
@@ -61,7 +67,7 @@ impl Core {
         Some(self.hand_out(zone, node, ask))
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::gpu) fn hand_out(&mut self, zone: usize, node: u32, ask: Ask) -> Placed {
         let ranges = &mut self.zones[zone];
         let published = ask.by_address && ranges.publish(node);
@@ -115,12 +121,18 @@ impl Core {
     }
 
     /// Cuts the best fit among what the lane freed and what is clean.
-    #[inline]
-    pub(super) fn cut_own(&mut self, zone: usize, ask: Ask) -> Option<u32> {
-        let ranges = &self.zones[zone];
+    #[inline(always)]
+    fn cut(&mut self, zone: usize, ask: Ask) -> Option<u32> {
+        let ranges = &mut self.zones[zone];
         let granules = ranges.granules(ask.bytes)?;
-        let node = ranges.choose(ask.lane, self.order.is_capture(ask.lane), granules, ask.align)?;
-        self.zones[zone].carve(node, granules, ask.align, ask.lane)
+        let node = ranges.choose(ask.lane, || self.order.is_capture(ask.lane), granules, ask.align)?;
+        ranges.carve(node, granules, ask.align, ask.lane)
+    }
+
+    /// The same, for the steps after the first.
+    #[inline(never)]
+    pub(super) fn cut_own(&mut self, zone: usize, ask: Ask) -> Option<u32> {
+        self.cut(zone, ask)
     }
 
     /// Steps 2 to 5 in one zone.

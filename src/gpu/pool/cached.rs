@@ -8,7 +8,7 @@ use super::super::seat::Seat;
 use super::super::stream::Stream;
 use super::inner::Inner;
 use super::options;
-use crate::base::error::{Error, OomReason, Result};
+use crate::base::error::Result;
 use crate::base::pool::AllocFlags;
 
 impl Inner {
@@ -66,7 +66,7 @@ impl Inner {
     /// Whether the stream orders this pool's memory, for this thread, and is in no capture, at a glance: the stream of
     /// another thread is none of which that can be said.
     #[inline(always)]
-    fn orders_by(&self, stream: &Stream) -> bool {
+    pub(super) fn orders_by(&self, stream: &Stream) -> bool {
         !stream.may_be_captured() && self.device.same(stream.device())
     }
 
@@ -95,9 +95,7 @@ impl Inner {
         {
             return Ok((record.placed(), inside.seat()));
         }
-        let overflow = Error::oom(bytes, OomReason::Overflow);
-        let rounded = options::rounded(&self.config, bytes).ok_or(overflow)?;
-        let align = align.max(self.config.alignment);
-        Ok((self.take_from_books(rounded, align, stream, session.as_ref(), flags, false)?, seat))
+        let (rounded, align) = (self.rounded(bytes)?, align.max(self.config.alignment));
+        Ok((self.take_from_books(rounded, align, stream, session, flags, false)?, seat))
     }
 }

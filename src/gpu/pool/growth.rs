@@ -88,7 +88,7 @@ impl Inner {
             let mut core = self.core.lock();
             self.open()?;
             // Another thread may have grown the pool, or freed something, meanwhile.
-            if let Some(placed) = core.place(ask) {
+            if let Some(placed) = core.place_again(ask) {
                 return Ok(placed);
             }
             let sizes = self.growth_sizes(core.segment_for(ask), core.reserved, ask)?;
@@ -100,7 +100,7 @@ impl Inner {
         core.growing = 0;
         let (start, len) = taken.map_err(|error| self.out_of_memory(&core, ask.bytes, error))?;
         if core.add(start, len)
-            && let Some(placed) = core.place(ask).or_else(|| core.place_slow(driver, ask))
+            && let Some(placed) = core.place_again(ask).or_else(|| core.place_slow(driver, ask))
         {
             return Ok(placed);
         }
@@ -123,7 +123,7 @@ impl Inner {
             let mut core = self.settle_for_pieces(ask);
             self.open()?;
             // Another thread may have grown the pool, or freed something, meanwhile.
-            if let Some(placed) = core.place(ask).or_else(|| core.place_slow(driver, ask)) {
+            if let Some(placed) = core.place_again(ask).or_else(|| core.place_slow(driver, ask)) {
                 return Ok(placed);
             }
             let zone = core.zone_of(ask.bytes);

@@ -23,7 +23,7 @@ use super::watch::Watch;
 use crate::base::config::PoolConfig;
 use crate::base::error::{Error, OomReason, Refusal, Result};
 use crate::base::pool::{AllocFlags, MemoryType};
-use crate::base::sync::Lock;
+use crate::base::sync::{Lock, LockGuard};
 use crate::base::tracking::Tracking;
 
 /// Asked when memory is short, outside all locks; `true` means that something was freed.
@@ -98,7 +98,27 @@ impl Inner {
     }
 
     /// A block for work on `stream`, or for the CPU, and as far as there is room for that `by_address`: to be found by
-    /// its address. `bytes` is not 0.
+    /// its address. It was looked for in its cache already where that takes no more than a glance. `bytes` is not 0.
+    #[inline(never)]
+    pub(in crate::gpu) fn take(
+        self: &Arc<Self>,
+        bytes: usize,
+        align: usize,
+        stream: Option<&Stream>,
+        flags: AllocFlags,
+        by_address: bool,
+    ) -> Result<Placed> {
+        match &self.watch {
+            None if stream.is_none_or(|stream| self.orders_by(stream)) => {
+                let rounded = self.rounded(bytes)?;
+                self.from_books(rounded, align.max(self.config.alignment), stream, None, flags, by_address)
+            }
+            None => self.take_plain(bytes, align, stream, flags, by_address),
+            Some(watch) => self.take_watched(watch, bytes, align, stream, flags, by_address),
+        }
+    }
+
+    /// [`take`](Self::take) in a pool that nobody watches, or for who does.
     #[inline(never)]
     pub(super) fn take_plain(
         self: &Arc<Self>,
@@ -108,44 +128,40 @@ impl Inner {
         flags: AllocFlags,
         by_address: bool,
     ) -> Result<Placed> {
-        let align = align.max(self.config.alignment);
-        let Some(rounded) = options::rounded(&self.config, bytes) else {
-            return Err(Error::oom(bytes, OomReason::Overflow));
-        };
+        let (rounded, align) = (self.rounded(bytes)?, align.max(self.config.alignment));
         if let Some(stream) = stream {
             self.accept(stream)?;
         }
-        // What is plain at a glance was looked for in its cache before.
-        if self.watch.is_some() || stream.is_some_and(Stream::may_be_captured) {
-            return self.take_asked(rounded, align, stream, flags, by_address);
-        }
-        self.take_from_books(rounded, align, stream, None, flags, by_address)
-    }
-
-    /// [`take_plain`](Self::take_plain) where it takes more than a glance to say which cache it is.
-    #[inline(never)]
-    fn take_asked(
-        self: &Arc<Self>,
-        rounded: usize,
-        align: usize,
-        stream: Option<&Stream>,
-        flags: AllocFlags,
-        by_address: bool,
-    ) -> Result<Placed> {
         let session = Self::session(stream)?;
         let cache = Whose::of(stream, session.as_ref()).and_then(|whose| self.front.cache(whose));
-        match cache
-            .filter(|cache| cache.blocks() != 0)
-            .and_then(|cache| self.front.take(cache, rounded, align))
-        {
+        let cache = cache.filter(|cache| cache.blocks() != 0);
+        match cache.and_then(|cache| self.front.take(cache, rounded, align)) {
             Some(placed) => Ok(placed),
-            None => self.take_from_books(rounded, align, stream, session.as_ref(), flags, by_address),
+            None => self.take_from_books(rounded, align, stream, session, flags, by_address),
         }
+    }
+
+    #[inline]
+    pub(super) fn rounded(&self, bytes: usize) -> Result<usize> {
+        options::rounded(&self.config, bytes).ok_or_else(|| Error::oom(bytes, OomReason::Overflow))
     }
 
     /// A block that no cache has, of a size that was rounded.
-    #[inline(always)]
+    #[inline(never)]
     pub(super) fn take_from_books(
+        self: &Arc<Self>,
+        bytes: usize,
+        align: usize,
+        stream: Option<&Stream>,
+        session: Option<Arc<Session>>,
+        flags: AllocFlags,
+        by_address: bool,
+    ) -> Result<Placed> {
+        self.from_books(bytes, align, stream, session.as_ref(), flags, by_address)
+    }
+
+    #[inline(always)]
+    fn from_books(
         self: &Arc<Self>,
         bytes: usize,
         align: usize,
@@ -166,15 +182,11 @@ impl Inner {
         }
         let placed = match core.place(ask) {
             Some(placed) => placed,
-            None => match self.search(&mut core, cache, ask) {
-                Some(placed) => placed,
-                None => {
-                    drop(core);
-                    let placed = self.take_growing(ask, flags)?;
-                    core = self.core.lock();
-                    placed
-                }
-            },
+            None => {
+                let placed;
+                (core, placed) = self.take_missing(core, cache, ask, flags)?;
+                placed
+            }
         };
         core.note_peak(|| self.front.low());
         if let Some(cache) = cache {
@@ -185,6 +197,22 @@ impl Inner {
 
     /// A block that the stream does not find among what is free to it at once.
     #[cold]
+    fn take_missing<'a>(
+        &'a self,
+        mut core: LockGuard<'a, Core>,
+        cache: Option<&Cache>,
+        ask: Ask,
+        flags: AllocFlags,
+    ) -> Result<(LockGuard<'a, Core>, Placed)> {
+        if let Some(placed) = self.search(&mut core, cache, ask) {
+            return Ok((core, placed));
+        }
+        drop(core);
+        let placed = self.take_growing(ask, flags)?;
+        Ok((self.core.lock(), placed))
+    }
+
+    /// The same without a call to the driver for memory.
     fn search(&self, core: &mut Core, own: Option<&Cache>, ask: Ask) -> Option<Placed> {
         let driver = &*self.device.0.driver;
         core.note_miss();
@@ -196,7 +224,7 @@ impl Inner {
         for &least in self.front.steps(ask.bytes) {
             if own.is_some_and(|own| self.front.empty(core, driver, own, least)) {
                 any = true;
-                if let Some(placed) = core.place(ask) {
+                if let Some(placed) = core.place_again(ask) {
                     return Some(placed);
                 }
             }

@@ -149,30 +149,16 @@ impl<K: MemoryKind> GpuPool<K> {
         match self.inner.take_record(bytes, align, stream) {
             Some(record) if record.flags() & PUBLISHED != 0 => Self::block(record.start(), record.len()),
             Some(record) => self.raw_published(record.placed(), stream),
-            None => self.raw_from_books(bytes, align, stream, flags),
+            None => match self.inner.take(bytes, align, stream, flags, true)? {
+                placed if placed.published => Self::block(placed.start, placed.len),
+                placed => self.raw_published(placed, stream),
+            },
         }
     }
 
     fn block(start: usize, len: usize) -> Result<NonNull<[u8]>> {
         let base = NonNull::new(start as *mut u8).ok_or(Error::pointer(start, PointerFault::Foreign))?;
         Ok(NonNull::slice_from_raw_parts(base, len))
-    }
-
-    /// [`raw`](Self::raw) where no cache has a block.
-    #[inline(never)]
-    fn raw_from_books(
-        &self,
-        bytes: usize,
-        align: usize,
-        stream: Option<&Stream>,
-        flags: AllocFlags,
-    ) -> Result<NonNull<[u8]>> {
-        let placed = self.inner.take(bytes, align, stream, flags, true)?;
-        if placed.published {
-            Self::block(placed.start, placed.len)
-        } else {
-            self.raw_published(placed, stream)
-        }
     }
 
     /// A block that could not be found by its address so far.

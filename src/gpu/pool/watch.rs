@@ -168,23 +168,6 @@ unsafe impl Reach for GpuReach {
 }
 
 impl Inner {
-    /// A block for work on `stream`, or for the CPU, and as far as there is room for that `by_address`: to be found by
-    /// its address. `bytes` is not 0.
-    #[inline]
-    pub(in crate::gpu) fn take(
-        self: &Arc<Self>,
-        bytes: usize,
-        align: usize,
-        stream: Option<&Stream>,
-        flags: AllocFlags,
-        by_address: bool,
-    ) -> Result<Placed> {
-        match &self.watch {
-            None => self.take_plain(bytes, align, stream, flags, by_address),
-            Some(watch) => self.take_watched(watch, bytes, align, stream, flags, by_address),
-        }
-    }
-
     /// Whether somebody watches the pool's blocks.
     #[inline]
     pub(in crate::gpu) fn is_watched(&self) -> bool {
@@ -233,7 +216,7 @@ impl Inner {
     }
 
     #[cold]
-    fn take_watched(
+    pub(super) fn take_watched(
         self: &Arc<Self>,
         watch: &Watch,
         bytes: usize,

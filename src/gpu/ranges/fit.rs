@@ -33,25 +33,31 @@ impl Ranges {
     pub(in crate::gpu) fn choose(
         &self,
         lane: u16,
-        own_first: bool,
+        own_first: impl Fn() -> bool,
         granules: u32,
         align: usize,
     ) -> Option<u32> {
         let need = Need { granules, align };
         match self.strategy {
             Strategy::Segregated => self.choose_tightest(lane, own_first, need, LOOK),
-            _ => self.choose_slow(lane, own_first, need),
+            _ => self.choose_slow(lane, own_first(), need),
         }
     }
 
     /// [`choose`](Self::choose) the tightest.
     #[inline(always)]
-    fn choose_tightest(&self, lane: u16, own_first: bool, need: Need, look: usize) -> Option<u32> {
+    fn choose_tightest(
+        &self,
+        lane: u16,
+        own_first: impl Fn() -> bool,
+        need: Need,
+        look: usize,
+    ) -> Option<u32> {
         let own = if lane >= FIRST { self.tightest(lane, need, look, usize::MAX) } else { None };
         let Some((own, size)) = own else {
             return self.tightest(CLEAN, need, look, usize::MAX).map(|(node, _)| node);
         };
-        if size == need.granules || own_first || !self.has_free(CLEAN) {
+        if size == need.granules || !self.has_free(CLEAN) || own_first() {
             return Some(own);
         }
         // What is free for anybody is taken only where it is tighter: nothing of a larger class is.
@@ -65,7 +71,7 @@ impl Ranges {
     #[cold]
     fn choose_slow(&self, lane: u16, own_first: bool, need: Need) -> Option<u32> {
         if matches!(self.strategy, Strategy::BestFit) {
-            return self.choose_tightest(lane, own_first, need, usize::MAX);
+            return self.choose_tightest(lane, || own_first, need, usize::MAX);
         }
         let pick = |lanes: &[u16]| match &self.strategy {
             Strategy::Custom(policy) => self.by_policy(&**policy, lanes, need),

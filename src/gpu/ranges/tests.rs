@@ -35,7 +35,7 @@ impl Ranges {
 
 fn chosen(strategy: impl Into<Strategy>, sizes: &[usize], kib: usize) -> usize {
     let (ranges, nodes) = holes(strategy.into(), sizes);
-    let node = ranges.choose(LANE, false, ((kib * KIB) >> 9) as u32, 256).unwrap();
+    let node = ranges.choose(LANE, || false, ((kib * KIB) >> 9) as u32, 256).unwrap();
     sizes[nodes.iter().position(|&hole| hole == node).unwrap()]
 }
 
@@ -79,18 +79,18 @@ fn best_fit_looks_at_every_range_of_a_bin() {
     // One bin spans 4 KiB here; the tightest is the last that was freed first.
     let sizes: Vec<usize> = [64].into_iter().chain(std::iter::repeat_n(67, 100)).collect();
     let (ranges, nodes) = holes(Strategy::BestFit, &sizes);
-    assert_eq!(ranges.choose(LANE, false, 128, 256), Some(nodes[0]));
+    assert_eq!(ranges.choose(LANE, || false, 128, 256), Some(nodes[0]));
     let (ranges, nodes) = holes(Strategy::Segregated, &sizes);
-    assert_ne!(ranges.choose(LANE, false, 128, 256), Some(nodes[0]), "a good fit, in bounded time");
+    assert_ne!(ranges.choose(LANE, || false, 128, 256), Some(nodes[0]), "a good fit, in bounded time");
 }
 
 #[test]
 fn first_fit_weighs_own_and_common_ranges_by_address() {
     let (mut ranges, nodes) = holes(Strategy::FirstFit, &[64, 64, 64]);
     ranges.give(nodes[1], Tag { lane: LANE, batch: 1 });
-    assert_eq!(ranges.choose(LANE, false, 64, 256), Some(nodes[0]));
-    assert_eq!(ranges.choose(LANE, true, 64, 256), Some(nodes[1]), "a capture takes its own first");
-    assert_eq!(ranges.choose(CLEAN, false, 64, 256), Some(nodes[0]));
+    assert_eq!(ranges.choose(LANE, || false, 64, 256), Some(nodes[0]));
+    assert_eq!(ranges.choose(LANE, || true, 64, 256), Some(nodes[1]), "a capture takes its own first");
+    assert_eq!(ranges.choose(CLEAN, || false, 64, 256), Some(nodes[0]));
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn a_split_leaves_no_less_than_the_least() {
     assert!(ranges.add(1 << 30, 64 * KIB, Tag::CLEAN));
     let mut cut = |kib: usize| {
         let granules = ((kib * KIB) >> 9) as u32;
-        let node = ranges.choose(CLEAN, false, granules, 512).unwrap();
+        let node = ranges.choose(CLEAN, || false, granules, 512).unwrap();
         let node = ranges.carve(node, granules, 512, CLEAN).unwrap();
         ranges.check().unwrap();
         ranges.len(node) / KIB
@@ -120,7 +120,7 @@ fn the_segment_idle_for_longest_goes_first() {
             assert!(ranges.add(start, 64 * KIB, Tag::CLEAN));
             ranges.add_lane(LANE);
             [0, 1].map(|_| {
-                let node = ranges.choose(CLEAN, false, 64, 512).unwrap();
+                let node = ranges.choose(CLEAN, || false, 64, 512).unwrap();
                 ranges.carve(node, 64, 512, CLEAN).unwrap()
             })
         })
