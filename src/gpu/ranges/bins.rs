@@ -61,13 +61,11 @@ impl Bins {
         Some(word * 64 + self.filled.get(word)?.trailing_zeros() as usize)
     }
 
-    /// Puts a node in front of its class.
+    /// Puts a node in front of its class. The first of a class has no use for a link to the one before.
     #[inline(always)]
     fn put_in(&mut self, nodes: &mut [Node], index: u32, class: usize) {
         let head = std::mem::replace(&mut self.heads[class], index);
-        let node = &mut nodes[index as usize];
-        node.set_link_prev(NIL);
-        node.set_link_next(head);
+        nodes[index as usize].set_link_next(head);
         if head != NIL {
             nodes[head as usize].set_link_prev(index);
             return;
@@ -80,12 +78,13 @@ impl Bins {
     #[inline(always)]
     fn take_out(&mut self, nodes: &mut [Node], index: u32, class: usize) {
         let node = &nodes[index as usize];
-        let (before, after) = (node.link_prev(), node.link_next());
-        if after != NIL {
-            nodes[after as usize].set_link_prev(before);
-        }
-        if before != NIL {
+        let after = node.link_next();
+        if self.heads[class] != index {
+            let before = node.link_prev();
             nodes[before as usize].set_link_next(after);
+            if after != NIL {
+                nodes[after as usize].set_link_prev(before);
+            }
             return;
         }
         self.heads[class] = after;
@@ -96,6 +95,21 @@ impl Bins {
                 self.any &= !(1 << (class / 64));
             }
         }
+    }
+}
+
+/// Gives a node in a bin another size; it changes bins only where that is of another class.
+#[inline(always)]
+pub(super) fn resize(nodes: &mut [Node], bins: &mut [Bins], index: u32, granules: u32) {
+    let node = &mut nodes[index as usize];
+    let before = node.granules();
+    node.set(granules, FREE);
+    let bins = &mut bins[node.tag().lane as usize];
+    bins.granules = bins.granules - u64::from(before) + u64::from(granules);
+    let (from, to) = (class_of(before), class_of(granules));
+    if from != to {
+        bins.take_out(nodes, index, from);
+        bins.put_in(nodes, index, to);
     }
 }
 
@@ -125,21 +139,6 @@ impl Ranges {
         let bins = &mut self.bins[lane as usize];
         bins.granules -= u64::from(granules);
         bins.take_out(&mut self.nodes, index, class_of(granules));
-    }
-
-    /// Gives a node in a bin another size; it changes bins only where that is of another class.
-    #[inline(always)]
-    pub(super) fn resize(&mut self, index: u32, granules: u32) {
-        let node = &mut self.nodes[index as usize];
-        let before = node.granules();
-        node.set(granules, FREE);
-        let bins = &mut self.bins[node.tag().lane as usize];
-        bins.granules = bins.granules - u64::from(before) + u64::from(granules);
-        let (from, to) = (class_of(before), class_of(granules));
-        if from != to {
-            bins.take_out(&mut self.nodes, index, from);
-            bins.put_in(&mut self.nodes, index, to);
-        }
     }
 
     /// The free ranges of a lane, from the class of `granules` on.

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use super::bins::resize;
 use super::node::{FREE, LIVE, NIL, Node};
 use super::{Ranges, Tag};
 
@@ -60,14 +61,15 @@ impl Ranges {
         }
         let live = node.live_before(index, granules, lane);
         let block = self.new_node(live)?;
-        self.resize(index, rest);
-        let node = &mut self.nodes[index as usize];
+        let nodes = &mut self.nodes[..];
+        resize(nodes, &mut self.bins, index, rest);
+        let node = &mut nodes[index as usize];
         node.advance(granules);
         node.set_prev(block);
         if before == NIL {
             self.begin_with(live.at(), block);
         } else {
-            self.nodes[before as usize].set_next(block);
+            nodes[before as usize].set_next(block);
         }
         Some(block)
     }
@@ -100,7 +102,7 @@ impl Ranges {
             self.join_chain(block, tail);
             last = tail;
         }
-        self.resize(index, skip);
+        resize(&mut self.nodes, &mut self.bins, index, skip);
         self.join_chain(index, block);
         self.join_chain(last, node.next());
         Some(block)
@@ -126,7 +128,7 @@ impl Ranges {
             self.join_chain(index, next.next());
             self.drop_node(node.next());
         } else {
-            self.resize(node.next(), next.granules() - more);
+            resize(&mut self.nodes, &mut self.bins, node.next(), next.granules() - more);
             self.nodes[node.next() as usize].advance(more);
         }
         true

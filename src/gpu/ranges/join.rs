@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::bins::class_of;
+use super::bins::{class_of, resize};
 use super::node::{FREE, NIL, Node};
 use super::{CLEAN, HOLE, MIXED, PUBLISHED, Ranges, Tag};
 
@@ -114,9 +114,10 @@ impl Ranges {
     /// Joins a free node that is in no bin with one neighbour of its lane.
     #[inline]
     fn join_one(&mut self, index: u32, other: u32) {
-        let (node, theirs) = (self.nodes[index as usize], self.nodes[other as usize]);
-        self.resize(other, theirs.granules() + node.granules());
-        let whole = &mut self.nodes[other as usize];
+        let nodes = &mut self.nodes[..];
+        let (node, theirs) = (nodes[index as usize], nodes[other as usize]);
+        resize(nodes, &mut self.bins, other, theirs.granules() + node.granules());
+        let whole = &mut nodes[other as usize];
         whole.set_tag(Tag { lane: node.tag().lane, batch: node.tag().batch.max(theirs.tag().batch) });
         if node.prev() == other {
             self.join_chain(other, node.next());

@@ -175,27 +175,28 @@ impl Ranges {
     }
 
     /// A vacant node made this one; `None` where the host has no memory for one.
-    #[inline]
+    #[inline(always)]
     fn new_node(&mut self, node: Node) -> Option<u32> {
-        let index = self.vacant;
-        if index != NIL {
-            let vacant = &mut self.nodes[index as usize];
-            self.vacant = vacant.link_next();
-            *vacant = node;
-            return Some(index);
+        if self.vacant == NIL {
+            self.one_more_node()?;
         }
-        self.one_more_node(node)
+        let index = self.vacant;
+        let vacant = &mut self.nodes[index as usize];
+        self.vacant = vacant.link_next();
+        *vacant = node;
+        Some(index)
     }
 
+    /// Makes a vacant node, where there is none.
     #[cold]
-    fn one_more_node(&mut self, node: Node) -> Option<u32> {
+    fn one_more_node(&mut self) -> Option<()> {
         if self.nodes.len() == self.nodes.capacity() {
             // A thirty-second of slack keeps a block below 30 bytes.
             self.nodes.try_reserve_exact((self.nodes.len() / 32).max(64)).ok()?;
         }
-        let index = u32::try_from(self.nodes.len()).ok().filter(|&index| index < NIL)?;
-        self.nodes.push(node);
-        Some(index)
+        self.vacant = u32::try_from(self.nodes.len()).ok().filter(|&index| index < NIL)?;
+        self.nodes.push(Node::new(0, 0, node::VACANT, Tag::CLEAN));
+        Some(())
     }
 
     /// Makes two nodes neighbours; `NIL` is the end of a segment.
