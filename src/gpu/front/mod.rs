@@ -210,7 +210,13 @@ impl Front {
         }
     }
 
+    #[inline]
     fn cache_or_new(&self, whose: Whose) -> Option<&Cache> {
+        self.cache(whose).or_else(|| self.new_cache(whose))
+    }
+
+    #[cold]
+    fn new_cache(&self, whose: Whose) -> Option<&Cache> {
         let large_from = (self.large_from >> self.shift) as u32;
         match whose {
             Whose::Cpu => self.cpu.get_or_make(way(), large_from),
@@ -302,6 +308,7 @@ impl Front {
     }
 
     /// Caches a block that is freed on `lane`, and lets others give way; false where it must go to the books.
+    #[inline(always)]
     pub(super) fn keep(
         &self,
         core: &mut Core,
@@ -315,7 +322,21 @@ impl Front {
         let Some(cache) = self.cache_or_new(whose).filter(|cache| cache.is_worth(granules)) else {
             return false;
         };
-        if len > self.most || core.is_shared(ticket) || core.is_private(ticket, lane) {
+        len <= self.most && self.keep_in(core, driver, cache, lane, ticket)
+    }
+
+    /// [`keep`](Self::keep) of a block of a size that is worth it.
+    fn keep_in(
+        &self,
+        core: &mut Core,
+        driver: &dyn Driver,
+        cache: &Cache,
+        lane: u16,
+        ticket: Ticket,
+    ) -> bool {
+        let len = core.len(ticket);
+        let granules = (len >> self.shift) as u32;
+        if core.is_shared(ticket) || core.is_private(ticket, lane) {
             return false;
         }
         let Some(number) = core.make_record(ticket) else { return false };

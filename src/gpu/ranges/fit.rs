@@ -19,6 +19,9 @@ use crate::base::policy::{FreeRange, Policy, Request, Strategy};
 /// How many ranges of a bin `Segregated` looks at.
 const LOOK: usize = 24;
 
+/// An alignment that every granule has.
+const ANY: usize = 1;
+
 /// What is looked for.
 #[derive(Clone, Copy, Debug)]
 struct Need {
@@ -37,10 +40,11 @@ impl Ranges {
         granules: u32,
         align: usize,
     ) -> Option<u32> {
-        let need = Need { granules, align };
         match self.strategy {
-            Strategy::Segregated => self.choose_tightest(lane, own_first, need, LOOK),
-            _ => self.choose_slow(lane, own_first(), need),
+            Strategy::Segregated if align <= 1 << self.shift => {
+                self.choose_tightest(lane, own_first, Need { granules, align: ANY }, LOOK)
+            }
+            _ => self.choose_slow(lane, own_first(), Need { granules, align }),
         }
     }
 
@@ -67,11 +71,11 @@ impl Ranges {
         }
     }
 
-    /// [`choose`](Self::choose) for strategies that look at all ranges.
+    /// [`choose`](Self::choose) for strategies that look at all ranges, and for large alignments.
     #[cold]
     fn choose_slow(&self, lane: u16, own_first: bool, need: Need) -> Option<u32> {
-        if matches!(self.strategy, Strategy::BestFit) {
-            return self.choose_tightest(lane, || own_first, need, usize::MAX);
+        if let Some(look) = self.look() {
+            return self.choose_tightest(lane, || own_first, need, look);
         }
         let pick = |lanes: &[u16]| match &self.strategy {
             Strategy::Custom(policy) => self.by_policy(&**policy, lanes, need),
@@ -87,13 +91,23 @@ impl Ranges {
     /// The free range of `lane` that the strategy prefers, and its size in granules.
     pub(in crate::gpu) fn best(&self, lane: u16, granules: u32, align: usize) -> Option<(u32, u32)> {
         let need = Need { granules, align };
+        if let Some(look) = self.look() {
+            return self.tightest(lane, need, look, usize::MAX);
+        }
         let node = match &self.strategy {
-            Strategy::BestFit => return self.tightest(lane, need, usize::MAX, usize::MAX),
-            Strategy::FirstFit => self.lowest(&[lane], need),
             Strategy::Custom(policy) => self.by_policy(&**policy, &[lane], need),
-            _ => return self.tightest(lane, need, LOOK, usize::MAX),
+            _ => self.lowest(&[lane], need),
         }?;
         Some((node, self.nodes[node as usize].granules()))
+    }
+
+    /// How many ranges of a bin a strategy looks at that takes the tightest of one.
+    fn look(&self) -> Option<usize> {
+        match self.strategy {
+            Strategy::Segregated => Some(LOOK),
+            Strategy::BestFit => Some(usize::MAX),
+            _ => None,
+        }
     }
 
     /// The smallest that fits and its size, the lowest among equals, looking at no more than `look` ranges of a bin and
@@ -101,7 +115,7 @@ impl Ranges {
     #[inline(always)]
     fn tightest(&self, lane: u16, need: Need, look: usize, last: usize) -> Option<(u32, u32)> {
         let bins = self.bins.get(lane as usize)?;
-        let anywhere = need.align <= 1 << self.shift;
+        let anywhere = need.align == ANY;
         let mut class = class_of(need.granules);
         while let Some(filled) = bins.next_filled(class).filter(|&filled| filled <= last) {
             let (mut best, mut size) = (NIL, u32::MAX);

@@ -17,7 +17,7 @@ impl Ranges {
     }
 
     /// Makes a live block findable by its address; false where the host has no memory for that.
-    #[inline]
+    #[inline(always)]
     pub(in crate::gpu) fn publish(&mut self, index: u32) -> bool {
         let node = &self.nodes[index as usize];
         let (tag, low) = (node.tag(), node.low());

@@ -104,6 +104,10 @@ impl Ranges {
                     return broken("2: bins hold free ranges of their lane", self.place(node));
                 }
                 granules += u64::from(node.granules());
+                let next = node.link_next();
+                if next != NIL && self.nodes[next as usize].link_prev() != index {
+                    return broken("2: a bin leads back as it leads on", self.start(index));
+                }
                 free_nodes -= 1;
             }
             if granules != bins.granules {
