@@ -61,12 +61,12 @@ impl Core {
 
     /// The block that begins at an address and was published.
     pub(in crate::gpu) fn find(&self, start: usize) -> Result<Ticket> {
-        self.find_live(start).ok_or_else(|| self.fault(start))
+        self.find_live(start).map(|(ticket, _)| ticket).ok_or_else(|| self.fault(start))
     }
 
-    /// [`find`](Self::find), to be asked for the [`fault`](Self::fault) where there is none.
+    /// [`find`](Self::find), and its length; what the [`fault`](Self::fault) is where there is none is another question.
     #[inline]
-    pub(in crate::gpu) fn find_live(&self, start: usize) -> Option<Ticket> {
+    pub(in crate::gpu) fn find_live(&self, start: usize) -> Option<(Ticket, usize)> {
         if self.pieces.is_some() {
             return self.find_in(if start < self.large_from { SMALL } else { LARGE }, start);
         }
@@ -74,10 +74,11 @@ impl Core {
     }
 
     #[inline(always)]
-    fn find_in(&self, zone: usize, start: usize) -> Option<Ticket> {
-        let (node, flags) = self.zones[zone].find(start)?;
+    fn find_in(&self, zone: usize, start: usize) -> Option<(Ticket, usize)> {
+        let ranges = &self.zones[zone];
+        let (node, flags) = ranges.find(start)?;
         let ticket = Ticket::new(zone, node);
-        (flags & RECORDED == 0 || !self.is_cached(ticket)).then_some(ticket)
+        (flags & RECORDED == 0 || !self.is_cached(ticket)).then(|| (ticket, ranges.len(node)))
     }
 
     /// Why no block is found at an address.

@@ -315,9 +315,8 @@ impl Front {
         driver: &dyn Driver,
         whose: Whose,
         lane: u16,
-        ticket: Ticket,
+        (ticket, len): (Ticket, usize),
     ) -> bool {
-        let len = core.len(ticket);
         let granules = (len >> self.shift) as u32;
         let Some(cache) = self.cache_or_new(whose).filter(|cache| cache.is_worth(granules)) else {
             return false;
@@ -350,8 +349,13 @@ impl Front {
             self.put_back(core, driver, lane, record);
         }
         let mut out = |record: &Record| self.put_back(core, driver, lane, record);
-        cache.make_place(&mut inside, granules, &self.records, &mut out)
-            && cache.push(&mut inside, granules, number, record)
+        let kept = cache.make_place(&mut inside, granules, &self.records, &mut out)
+            && cache.push(&mut inside, granules, number, record);
+        if kept {
+            // The caller noted the peak.
+            cache.settle_low();
+        }
+        kept
     }
 
     /// Whether a cache may hold one more block of this size.

@@ -298,11 +298,11 @@ impl Inner {
             return self.give_at_asked(start, stream);
         }
         let mut core = self.core.lock();
-        let Some(ticket) = core.find_live(start) else { return Err(core.fault(start)) };
+        let Some(block) = core.find_live(start) else { return Err(core.fault(start)) };
         let lane = stream.map_or(Some(CLEAN), |stream| core.order.lane(stream.slot()));
         match lane {
-            Some(lane) => self.free_on(&mut core, ticket, stream, Whose::of(stream, None), lane, None),
-            None => self.free_in(&mut core, ticket, stream, &Ok(None)),
+            Some(lane) => self.free_on(&mut core, block, stream, Whose::of(stream, None), lane, None),
+            None => self.free_in(&mut core, block.0, stream, &Ok(None)),
         }
         Ok(())
     }
@@ -357,15 +357,16 @@ impl Inner {
             // The context is lost; the block must not be reused.
             Err(_) => return,
         };
-        self.free_on(core, ticket, stream, whose, lane, before);
+        let block = (ticket, core.len(ticket));
+        self.free_on(core, block, stream, whose, lane, before);
     }
 
-    /// Frees a block on `lane`, to the cache or the books. `before` is that of [`Core::free`].
+    /// Frees a block of this length on `lane`, to the cache or the books. `before` is that of [`Core::free`].
     #[inline(always)]
     fn free_on(
         &self,
         core: &mut Core,
-        ticket: Ticket,
+        block: (Ticket, usize),
         stream: Option<&Stream>,
         whose: Option<Whose>,
         lane: u16,
@@ -376,9 +377,10 @@ impl Inner {
         core.note_peak(|| self.front.low());
         // What nobody could ask for again is not cached (invariant 2 of `handle`).
         let kept = whose.filter(|_| !self.users.is_none() && !stream.is_some_and(Stream::is_unused));
-        if !kept.is_some_and(|whose| self.front.keep(core, driver, whose, lane, ticket)) {
-            core.free(driver, ticket, lane, before);
+        if kept.is_some_and(|whose| self.front.keep(core, driver, whose, lane, block)) {
+            return;
         }
+        core.free(driver, block.0, lane, before);
         if let Some(cache) = whose.and_then(|whose| self.front.cache(whose)) {
             self.front.settle_low(cache);
         }

@@ -10,7 +10,7 @@ use super::{PUBLISHED, Ranges, Tag};
 const SHORT: usize = 8192;
 
 impl Ranges {
-    /// The chain of an address of which these are the low bits, in granules. There are chains.
+    /// The chain of an address of which these are the low bits, in granules.
     #[inline]
     fn chain(&self, low: u32) -> usize {
         (low.wrapping_mul(0x9E37_79B1) >> self.chain_shift) as usize
@@ -82,15 +82,12 @@ impl Ranges {
     /// The published live block that begins at an address, and its flags.
     #[inline]
     pub(in crate::gpu) fn find(&self, start: usize) -> Option<(u32, u32)> {
-        if self.chains.is_empty() || start & ((1 << self.shift) - 1) != 0 {
-            return None;
-        }
         let at = start >> self.shift;
-        let mut index = self.chains[self.chain(at as u32)];
+        let mut index = *self.chains.get(self.chain(at as u32))?;
         while index != NIL {
             let node = &self.nodes[index as usize];
             if node.at() == at {
-                return Some((index, node.tag().batch));
+                return (at << self.shift == start).then(|| (index, node.tag().batch));
             }
             index = node.link_next();
         }
