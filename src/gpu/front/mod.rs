@@ -382,8 +382,14 @@ impl Front {
         let mut inside = cache.turn.lock();
         let (lane, before) = (inside.lane, cache.blocks());
         let least = (least >> self.shift) as u32;
+        let mut last = 0;
         cache.drain(&mut inside, &self.records, least, &mut |record| {
-            self.put_back(core, driver, lane, record)
+            // A size that was kept in vain, however many there were of it.
+            if record.len() != last && record.len() < self.large_from {
+                cache.given_up((record.len() >> self.shift) as u32);
+            }
+            last = record.len();
+            self.put_back(core, driver, lane, record);
         });
         before != cache.blocks()
     }

@@ -216,20 +216,17 @@ impl Inner {
     fn search(&self, core: &mut Core, own: Option<&Cache>, ask: Ask) -> Option<Placed> {
         let driver = &*self.device.0.driver;
         core.note_miss();
-        if let Some(placed) = core.place_slow(driver, ask) {
-            return Some(placed);
-        }
         // What the stream itself freed takes no call to the driver.
-        let mut any = false;
         for &least in self.front.steps(ask.bytes) {
-            if own.is_some_and(|own| self.front.empty(core, driver, own, least)) {
-                any = true;
-                if let Some(placed) = core.place_again(ask) {
-                    return Some(placed);
-                }
+            if own.is_some_and(|own| self.front.empty(core, driver, own, least))
+                && let Some(placed) = core.place_again(ask)
+            {
+                return Some(placed);
             }
         }
-        (self.front.take_all_back(core, driver) | any).then(|| core.place_slow(driver, ask)).flatten()
+        core.place_slow(driver, ask).or_else(|| {
+            self.front.take_all_back(core, driver).then(|| core.place_slow(driver, ask)).flatten()
+        })
     }
 
     /// Says no to streams that cannot order this pool's memory.
