@@ -31,7 +31,7 @@ mod tests;
 mod unrest;
 
 pub(super) use pieces::{From, Leaving, Piece, Pieces, Step};
-pub(super) use unrest::Unrest;
+pub(super) use unrest::{Moment, Unrest};
 
 use pieces::Gap;
 
@@ -57,6 +57,8 @@ pub(super) struct Plan {
     lane: u16,
     /// It takes new memory although there is idle memory that could be moved (`unrest`).
     pub(super) for_rest: bool,
+    /// When it was made, if pieces move.
+    moves: Option<Moment>,
 }
 
 /// What the driver did.
@@ -68,12 +70,15 @@ pub(super) struct Done {
     pub(super) spare: Vec<Piece>,
     /// Where pieces are mapped beside that.
     pub(super) shadows: Vec<(usize, Piece)>,
+    /// When that was done, on the driver's clock.
+    pub(super) at_ns: u64,
     pub(super) error: Option<Error>,
 }
 
 impl Core {
-    /// Claims a place for `ask` and the pieces that fill it, so that the pool holds `max_size` bytes at most.
-    pub(super) fn plan(&mut self, zone: usize, ask: Ask, max_size: usize) -> Result<Plan> {
+    /// Claims a place for `ask` and the pieces that fill it, so that the pool holds `max_size` bytes at most. It is
+    /// `now_ns` on the driver's clock.
+    pub(super) fn plan(&mut self, zone: usize, ask: Ask, max_size: usize, now_ns: u64) -> Result<Plan> {
         let full = Error::oom(ask.bytes, OomReason::Limit(max_size));
         self.join_all_loose();
         let Some(pieces) = &self.pieces else { return Err(full) };
@@ -94,8 +99,9 @@ impl Core {
             granules,
             lane: ask.lane,
             for_rest: false,
+            moves: None,
         };
-        self.fill(plan, &parts, max_size).ok_or(full)
+        self.fill(plan, &parts, max_size, now_ns).ok_or(full)
     }
 
     /// Claims what a live block lacks to grow to `bytes` where it is.
@@ -104,7 +110,8 @@ impl Core {
         ticket: Ticket,
         bytes: usize,
         lane: u16,
-        max: usize,
+        max_size: usize,
+        now_ns: u64,
     ) -> Option<Plan> {
         let (zone, node) = (ticket.zone(), ticket.node());
         self.pieces.as_ref()?;
@@ -125,13 +132,14 @@ impl Core {
             granules: granules - (len / self.zones[zone].bytes(1)) as u32,
             lane,
             for_rest: false,
+            moves: None,
         };
-        self.fill(plan, &parts, max)
+        self.fill(plan, &parts, max_size, now_ns)
     }
 
     /// Chooses pieces for the gaps among `parts` and claims everything; `None` where that would take more than
     /// the pool may hold, or the host has no memory for the books.
-    fn fill(&mut self, mut plan: Plan, parts: &[Range], max_size: usize) -> Option<Plan> {
+    fn fill(&mut self, mut plan: Plan, parts: &[Range], max_size: usize, now_ns: u64) -> Option<Plan> {
         let end = plan.start + self.zones[plan.zone].bytes(plan.granules);
         let pieces = self.pieces.as_ref()?;
         let gaps: Vec<Gap> = parts
@@ -157,8 +165,8 @@ impl Core {
         let mut chosen = choose(&mut at_hand, usual);
         let moves =
             chosen.iter().flatten().any(|step| matches!(step.from, From::Mapped(..)) && !step.shadowed);
-        let served = self.served();
-        if moves && let Some(most) = self.unrest.allows(served, self.live + lacking, self.reserved) {
+        let now = Moment { served: self.served(), ns: now_ns };
+        if moves && let Some(most) = self.unrest.allows(now, self.live + lacking, self.reserved) {
             let is_spare = |(_, from): &&(usize, From)| matches!(from, From::Spare(_));
             let mut spares = before.iter().filter(is_spare).copied().collect();
             let instead = choose(&mut spares, usual);
@@ -167,9 +175,7 @@ impl Core {
                 plan.for_rest = true;
             }
         }
-        if moves && !plan.for_rest {
-            self.unrest.moves(served);
-        }
+        plan.moves = (moves && !plan.for_rest).then_some(now);
         if self.reserved + new_bytes(&chosen) > max_size {
             at_hand = before;
             chosen = choose(&mut at_hand, None);
@@ -325,6 +331,9 @@ impl Core {
 
     fn settle_plan(&mut self, plan: &Plan, done: Done) -> Result<()> {
         self.note_source_call();
+        if let Some(began) = plan.moves {
+            self.unrest.moved(began, Moment { served: self.served(), ns: done.at_ns });
+        }
         self.pieces.iter_mut().for_each(|pieces| pieces.keep(&done));
         if done.error.is_some() {
             if plan.for_rest {

@@ -80,6 +80,7 @@ impl Books {
             }
             self.ns += 15_000;
         }
+        done.at_ns = self.ns;
         done
     }
 
@@ -89,7 +90,7 @@ impl Books {
         if let Some(placed) = self.core.place(ask).or_else(|| self.core.place_slow(driver, ask)) {
             return Some(placed);
         }
-        let plan = self.core.plan(self.core.zone_of(bytes), ask, self.max_size).ok()?;
+        let plan = self.core.plan(self.core.zone_of(bytes), ask, self.max_size, self.ns).ok()?;
         let done = self.fill(&plan);
         self.core.finish(&plan, done, ask).ok()
     }
@@ -155,7 +156,7 @@ fn random_programs_keep_every_invariant() {
                     let bytes = live[at].1 + random.size(24);
                     let ticket = live[at].0.ticket;
                     let grown = books.core.grow(ticket, bytes, CLEAN).is_some() || {
-                        let plan = books.core.plan_growth(ticket, bytes, CLEAN, books.max_size);
+                        let plan = books.core.plan_growth(ticket, bytes, CLEAN, books.max_size, books.ns);
                         plan.is_some_and(|plan| {
                             let done = books.fill(&plan);
                             books.core.finish_growth(ticket, &plan, done).is_ok()
@@ -309,15 +310,17 @@ fn a_refusal_makes_the_pool_move_again() {
     let small = books.alloc(64 << 20).unwrap();
     let _between = books.alloc(1 << 30).unwrap();
     books.free(small);
-    (0..200).for_each(|_| books.core.unrest.moves(0));
+    let now = |ns| Moment { served: 2, ns };
+    books.core.unrest.moved(now(0), now(1 << 40));
+    books.ns = 1 << 40;
     let ask = Ask { bytes: 128 << 20, align: 256, lane: CLEAN, by_address: false };
     let takes = |plan: &Plan| plan.gaps.iter().flatten().any(|step| matches!(step.from, From::Mapped(..)));
-    let greedy = books.core.plan(LARGE, ask, usize::MAX).unwrap();
+    let greedy = books.core.plan(LARGE, ask, usize::MAX, books.ns).unwrap();
     assert!(greedy.for_rest && !takes(&greedy));
     let refused = Done { error: Some(Error::oom(ask.bytes, OomReason::Source)), ..Done::default() };
     assert!(books.core.finish(&greedy, refused, ask).is_err());
     books.core.check().unwrap();
-    let content = books.core.plan(LARGE, ask, usize::MAX).unwrap();
+    let content = books.core.plan(LARGE, ask, usize::MAX, books.ns).unwrap();
     assert!(!content.for_rest && takes(&content));
     let done = books.fill(&content);
     assert!(books.core.finish(&content, done, ask).is_ok());

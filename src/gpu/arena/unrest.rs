@@ -1,56 +1,66 @@
 //! When a pool should hold more, rather than move its pieces again and again.
 //!
 //! Moving keeps what is reserved close to what is live, and costs some hundred microseconds a time. Where blocks
-//! of all sizes come and go in any order nearly every request would pay that. So moves run up a debt, which requests
-//! that need none work off; a pool deep in debt takes new memory instead, up to a part of what is live.
+//! of all sizes come and go in any order nearly every request would pay that. So the time that moves take is a debt,
+//! which the time between them works off; a pool deep in debt takes new memory instead, up to a part of what is live.
+//! A program that waits for its device most of the time may so move pieces as often as it likes.
 //!
 //! What has more room lies in more pieces, and a piece moves only when it is wholly free, so that such a pool is further
 //! from what is live for good. That is no way to go where memory is short: a pool may have half of its device like that.
 
 #![forbid(unsafe_code)]
 
-/// Requests without a move that make up for one with it.
-const PRICE: u64 = 64;
-/// The debt from which on the pool grows: a burst of moves is none of its business.
-const DEEP: u64 = 64 * PRICE;
+/// Nanoseconds of debt from which on the pool grows: a burst of some sixty moves is none of its business.
+const DEEP: u64 = 6_400_000;
+/// A request stands for so many nanoseconds at least; the clock of a simulated device stands still between calls.
+const REQUEST: u64 = 250;
 /// The pool grows to what is live and this part of it.
 const PART: usize = 4;
+
+/// A moment, in requests that the pool served and on the driver's clock.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::gpu) struct Moment {
+    pub(in crate::gpu) served: u64,
+    pub(in crate::gpu) ns: u64,
+}
 
 #[derive(Debug)]
 pub(in crate::gpu) struct Unrest {
     /// The pool may hold this much because of it.
     most: usize,
+    /// Nanoseconds.
     debt: u64,
-    /// Requests served when the debt was last reckoned.
-    served: u64,
+    /// When the debt was last reckoned.
+    last: Moment,
     /// The driver refused memory that was asked for because of it, when this much was reserved.
     refused_at: Option<usize>,
 }
 
 impl Unrest {
     pub(in crate::gpu) fn new(device_memory: usize) -> Self {
-        Self { most: device_memory / 2, debt: 0, served: 0, refused_at: None }
+        Self { most: device_memory / 2, debt: 0, last: Moment::default(), refused_at: None }
     }
 
-    fn reckon(&mut self, served: u64) {
-        let since = served.saturating_sub(self.served);
-        (self.debt, self.served) = (self.debt.saturating_sub(since), served);
+    fn reckon(&mut self, now: Moment) {
+        let served = now.served.saturating_sub(self.last.served);
+        let passed = now.ns.saturating_sub(self.last.ns).max(served.saturating_mul(REQUEST));
+        (self.debt, self.last) = (self.debt.saturating_sub(passed), now);
     }
 
-    /// A request, after as many were served, is about to move pieces.
-    pub(super) fn moves(&mut self, served: u64) {
-        self.reckon(served);
-        self.debt = (self.debt + PRICE).min(DEEP);
+    /// Pieces were moved in the time from `began` to `ended`.
+    pub(super) fn moved(&mut self, began: Moment, ended: Moment) {
+        self.reckon(began);
+        (self.debt, self.last) = ((self.debt + ended.ns.saturating_sub(began.ns)).min(DEEP), ended);
     }
 
-    /// How much the pool may hold, after as many requests were served, so that fewer need moves; `None` while there is
-    /// no unrest.
-    pub(super) fn allows(&mut self, served: u64, live: usize, reserved: usize) -> Option<usize> {
-        self.reckon(served);
+    /// How much the pool may hold so that fewer requests need moves; `None` while there is no unrest.
+    pub(super) fn allows(&mut self, now: Moment, live: usize, reserved: usize) -> Option<usize> {
+        self.reckon(now);
         if self.refused_at.is_some_and(|at| reserved < at) {
             self.refused_at = None;
         }
-        (self.debt + PRICE >= DEEP && self.refused_at.is_none())
+        // A moment of rest does not make up for it all.
+        (self.debt >= DEEP - DEEP / 16 && self.refused_at.is_none())
             .then(|| live.saturating_add(live / PART).min(self.most))
     }
 
@@ -65,36 +75,55 @@ mod tests {
     use super::*;
 
     const LIVE: usize = 1000;
+    const MOVE: u64 = 100_000;
 
-    #[test]
-    fn moves_at_nearly_every_request_make_the_pool_grow() {
+    /// Moves of pieces, each so many requests and nanoseconds after the one before; whether the pool grows in the end.
+    fn grows(moves: u64, requests: u64, ns: u64) -> bool {
         let mut unrest = Unrest::new(4 * LIVE);
-        let mut served = 0;
-        while unrest.allows(served, LIVE, LIVE).is_none() {
-            served += 2;
-            unrest.moves(served);
-            assert!(served < 200);
+        let mut now = Moment::default();
+        for _ in 0..moves {
+            now = Moment { served: now.served + requests, ns: now.ns + ns };
+            let ended = Moment { ns: now.ns + MOVE, ..now };
+            unrest.moved(now, ended);
+            now = ended;
         }
-        assert_eq!(unrest.allows(served, LIVE, LIVE), Some(LIVE + LIVE / PART));
-        assert_eq!(unrest.allows(served, 2 * LIVE, LIVE), Some(2 * LIVE), "no more than half of the device");
-        assert_eq!(unrest.allows(served + 2 * PRICE, LIVE, LIVE), None, "requests work it off");
+        unrest.allows(now, LIVE, LIVE).is_some()
     }
 
     #[test]
-    fn a_move_now_and_then_does_not() {
+    fn moves_at_nearly_every_request_make_the_pool_grow() {
+        assert!(!grows(20, 2, 0), "a burst");
+        assert!(grows(200, 2, 0));
+        assert!(grows(10_000, 100, 20_000));
+    }
+
+    #[test]
+    fn moves_with_much_between_them_do_not() {
+        assert!(!grows(10_000, MOVE / REQUEST, 0), "requests");
+        assert!(!grows(10_000, 1, MOVE), "or time");
+    }
+
+    #[test]
+    fn the_pool_grows_by_a_quarter_and_rests_then() {
         let mut unrest = Unrest::new(4 * LIVE);
-        for turn in 0..10_000 {
-            assert_eq!(unrest.allows(turn * PRICE, LIVE, LIVE), None);
-            unrest.moves(turn * PRICE);
-        }
+        let later = |ns| Moment { served: 1, ns };
+        unrest.moved(later(0), later(2 * DEEP));
+        assert_eq!(unrest.allows(later(2 * DEEP), LIVE, LIVE), Some(LIVE + LIVE / PART));
+        assert_eq!(
+            unrest.allows(later(2 * DEEP), 2 * LIVE, LIVE),
+            Some(2 * LIVE),
+            "no more than half of the device"
+        );
+        assert_eq!(unrest.allows(later(3 * DEEP), LIVE, LIVE), None, "time works it off");
     }
 
     #[test]
     fn a_driver_that_refused_is_asked_again_when_the_pool_holds_less() {
         let mut unrest = Unrest::new(4 * LIVE);
-        (0..100).for_each(|_| unrest.moves(0));
+        let now = Moment { served: 0, ns: DEEP };
+        unrest.moved(Moment::default(), now);
         unrest.refused(LIVE);
-        assert_eq!(unrest.allows(0, LIVE, LIVE), None);
-        assert!(unrest.allows(0, LIVE, LIVE - 1).is_some());
+        assert_eq!(unrest.allows(now, LIVE, LIVE), None);
+        assert!(unrest.allows(now, LIVE, LIVE - 1).is_some());
     }
 }

@@ -15,6 +15,8 @@ pub(crate) mod sim;
 
 use core::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::LazyLock;
+use std::time::Instant;
 
 use crate::base::error::Result;
 
@@ -100,6 +102,12 @@ pub(crate) enum Capture {
 /// module's documentation hold.
 pub(crate) unsafe trait Driver: Send + Sync + fmt::Debug {
     fn info(&self) -> &Info;
+
+    /// Nanoseconds since some moment, by which the price of calls is known.
+    fn now_ns(&self) -> u64 {
+        static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+        START.elapsed().as_nanos() as u64
+    }
 
     /// Free and total bytes on the device.
     fn memory_info(&self) -> Result<(usize, usize)>;

@@ -128,11 +128,12 @@ impl Inner {
             }
             let zone = core.zone_of(ask.bytes);
             let other = core.other_zone(zone);
-            let plan = core.plan(zone, ask, self.limit());
+            let now = driver.now_ns();
+            let plan = core.plan(zone, ask, self.limit(), now);
             match (plan, other) {
                 (Err(_), Some(other)) => match core.place_in(driver, other, ask) {
                     Some(placed) => return Ok(placed),
-                    None => core.plan(other, ask, self.limit())?,
+                    None => core.plan(other, ask, self.limit(), now)?,
                 },
                 (plan, _) => plan?,
             }
@@ -229,7 +230,7 @@ impl Inner {
         let mut core = self.core.lock();
         self.settle_patiently(&mut core);
         let before = core.len(ticket);
-        let plan = core.plan_growth(ticket, bytes, lane, self.limit())?;
+        let plan = core.plan_growth(ticket, bytes, lane, self.limit(), self.device.0.driver.now_ns())?;
         drop(core);
         // SAFETY: as in `grow_by_pieces`.
         let done = unsafe { self.source.fill(&*self.device.0.driver, &plan) };
@@ -288,7 +289,7 @@ impl Inner {
 
     /// Maps memory that is free for everybody. The caller holds `growth`.
     pub(super) fn reserve_pieces(&self, zone: usize, ask: Ask) -> Result<()> {
-        let plan = self.core.lock().plan(zone, ask, self.limit())?;
+        let plan = self.core.lock().plan(zone, ask, self.limit(), self.device.0.driver.now_ns())?;
         // SAFETY: a plan of this pool's books; a piece is taken only from what is known to be complete.
         let done = unsafe { self.source.fill(&*self.device.0.driver, &plan) };
         let mut core = self.core.lock();

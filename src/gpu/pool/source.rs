@@ -86,6 +86,7 @@ impl Source {
             // SAFETY: the caller's contract; nothing is in the way any more where there was no error.
             unsafe { fill_gap(driver, steps, &mut done) };
         }
+        done.at_ns = driver.now_ns();
         done
     }
 

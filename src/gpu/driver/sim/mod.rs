@@ -236,6 +236,10 @@ unsafe impl Driver for SimDevice {
         &self.info
     }
 
+    fn now_ns(&self) -> u64 {
+        self.world.lock().now_ns
+    }
+
     fn memory_info(&self) -> Result<(usize, usize)> {
         self.with("cuMemGetInfo", costs::MEMORY_INFO, |world| {
             Ok((self.info.total_memory - world.memory.used[self.device()], self.info.total_memory))
