@@ -310,9 +310,8 @@ fn a_refusal_makes_the_pool_move_again() {
     let small = books.alloc(64 << 20).unwrap();
     let _between = books.alloc(1 << 30).unwrap();
     books.free(small);
-    let now = |ns| Moment { served: 2, ns };
-    books.core.unrest.moved(now(0), now(1 << 40));
-    books.ns = 1 << 40;
+    let now = Moment { served: 2, ns: books.ns };
+    (0..64).for_each(|_| books.core.unrest.moved(now, now));
     let ask = Ask { bytes: 128 << 20, align: 256, lane: CLEAN, by_address: false };
     let takes = |plan: &Plan| plan.gaps.iter().flatten().any(|step| matches!(step.from, From::Mapped(..)));
     let greedy = books.core.plan(LARGE, ask, usize::MAX, books.ns).unwrap();

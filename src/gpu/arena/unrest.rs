@@ -1,17 +1,19 @@
 //! When a pool should hold more, rather than move its pieces again and again.
 //!
 //! Moving keeps what is reserved close to what is live, and costs some hundred microseconds a time. Where blocks
-//! of all sizes come and go in any order nearly every request would pay that. So the time that moves take is a debt,
-//! which the time between them works off; a pool deep in debt takes new memory instead, up to a part of what is live.
-//! A program that waits for its device most of the time may so move pieces as often as it likes.
+//! of all sizes come and go in any order nearly every request would pay that. So each move is a debt, which the time
+//! between them works off; a pool deep in debt takes new memory instead, up to a part of what is live. A program that
+//! waits for its device most of the time may so move pieces as often as it likes.
 //!
 //! What has more room lies in more pieces, and a piece moves only when it is wholly free, so that such a pool is further
 //! from what is live for good. That is no way to go where memory is short: a pool may have half of its device like that.
 
 #![forbid(unsafe_code)]
 
-/// Nanoseconds of debt from which on the pool grows: a burst of some sixty moves is none of its business.
-const DEEP: u64 = 6_400_000;
+/// Nanoseconds that a move stands for. One of many pieces takes longer, but so would as much new memory.
+const MOVE: u64 = 100_000;
+/// The debt from which on the pool grows: a burst of moves is none of its business.
+const DEEP: u64 = 64 * MOVE;
 /// A request stands for so many nanoseconds at least; the clock of a simulated device stands still between calls.
 const REQUEST: u64 = 250;
 /// The pool grows to what is live and this part of it.
@@ -50,7 +52,7 @@ impl Unrest {
     /// Pieces were moved in the time from `began` to `ended`.
     pub(super) fn moved(&mut self, began: Moment, ended: Moment) {
         self.reckon(began);
-        (self.debt, self.last) = ((self.debt + ended.ns.saturating_sub(began.ns)).min(DEEP), ended);
+        (self.debt, self.last) = ((self.debt + MOVE).min(DEEP), ended);
     }
 
     /// How much the pool may hold so that fewer requests need moves; `None` while there is no unrest.
@@ -59,8 +61,7 @@ impl Unrest {
         if self.refused_at.is_some_and(|at| reserved < at) {
             self.refused_at = None;
         }
-        // A moment of rest does not make up for it all.
-        (self.debt >= DEEP - DEEP / 16 && self.refused_at.is_none())
+        (self.debt + MOVE >= DEEP && self.refused_at.is_none())
             .then(|| live.saturating_add(live / PART).min(self.most))
     }
 
@@ -75,7 +76,6 @@ mod tests {
     use super::*;
 
     const LIVE: usize = 1000;
-    const MOVE: u64 = 100_000;
 
     /// Moves of pieces, each so many requests and nanoseconds after the one before; whether the pool grows in the end.
     fn grows(moves: u64, requests: u64, ns: u64) -> bool {
@@ -107,21 +107,21 @@ mod tests {
     fn the_pool_grows_by_a_quarter_and_rests_then() {
         let mut unrest = Unrest::new(4 * LIVE);
         let later = |ns| Moment { served: 1, ns };
-        unrest.moved(later(0), later(2 * DEEP));
-        assert_eq!(unrest.allows(later(2 * DEEP), LIVE, LIVE), Some(LIVE + LIVE / PART));
+        (0..64).for_each(|_| unrest.moved(later(0), later(0)));
+        assert_eq!(unrest.allows(later(0), LIVE, LIVE), Some(LIVE + LIVE / PART));
         assert_eq!(
-            unrest.allows(later(2 * DEEP), 2 * LIVE, LIVE),
+            unrest.allows(later(0), 2 * LIVE, LIVE),
             Some(2 * LIVE),
             "no more than half of the device"
         );
-        assert_eq!(unrest.allows(later(3 * DEEP), LIVE, LIVE), None, "time works it off");
+        assert_eq!(unrest.allows(later(2 * MOVE), LIVE, LIVE), None, "time works it off");
     }
 
     #[test]
     fn a_driver_that_refused_is_asked_again_when_the_pool_holds_less() {
         let mut unrest = Unrest::new(4 * LIVE);
-        let now = Moment { served: 0, ns: DEEP };
-        unrest.moved(Moment::default(), now);
+        let now = Moment::default();
+        (0..64).for_each(|_| unrest.moved(now, now));
         unrest.refused(LIVE);
         assert_eq!(unrest.allows(now, LIVE, LIVE), None);
         assert!(unrest.allows(now, LIVE, LIVE - 1).is_some());
