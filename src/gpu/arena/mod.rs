@@ -212,10 +212,12 @@ impl Core {
         for zone in &self.zones {
             for lane in self.movable_lanes() {
                 zone.free_in_lane(lane, pieces.unit, &mut |from, len| {
-                    let inside = pieces.within(from, from + len).filter(|(at, piece)| {
-                        at + piece.len <= from + len && (at + piece.len <= start || *at >= end)
-                    });
-                    found.extend(inside.map(|(at, piece)| (piece.len, From::Mapped(at, piece.handle))));
+                    for (at, piece) in pieces.within(from, from + len) {
+                        let behind = at + piece.len;
+                        if behind <= from + len && (behind <= start || at >= end) {
+                            found.push((piece.len, From::Mapped(at, piece.handle)));
+                        }
+                    }
                 });
             }
         }

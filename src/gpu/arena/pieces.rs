@@ -207,6 +207,9 @@ impl Pieces {
 
     /// All places at which pieces are mapped that go; their shadows are forgotten.
     pub(in crate::gpu) fn leave(&mut self, pieces: Vec<(Option<usize>, Piece)>) -> Vec<Leaving> {
+        if pieces.is_empty() {
+            return Vec::new();
+        }
         let mut places: HashMap<Handle, Vec<usize>> =
             pieces.iter().map(|(_, piece)| (piece.handle, Vec::new())).collect();
         self.shadows.take_of(&mut places);
@@ -244,36 +247,39 @@ impl Pieces {
         let new = |steps: &[Step]| -> usize {
             steps.iter().filter(|step| step.from == From::New).map(|step| step.len).sum()
         };
-        let mut plain_at_hand = at_hand.clone();
         let shadowed = self.at_hand_in(gap, at_hand);
+        if shadowed.is_empty() {
+            return gap.steps(self.choose(gap, at_hand, usual));
+        }
+        let mut plain_at_hand = at_hand.clone();
         let plain = gap.steps(self.choose(gap, &mut plain_at_hand, usual));
-        if !shadowed.is_empty() {
-            let mut steps = Vec::new();
-            let mut rest = *gap;
-            for step in shadowed {
-                let (front, back) = rest.around(step.to, step.to + step.len);
-                steps.extend(front.steps(self.choose(&front, at_hand, usual)));
-                steps.push(step);
-                rest = back;
-            }
-            steps.extend(rest.steps(self.choose(&rest, at_hand, usual)));
-            if new(&steps) <= new(&plain) {
-                return steps;
-            }
+        at_hand.retain(|(_, from)| shadowed.iter().all(|step| step.from != *from));
+        let mut steps = Vec::new();
+        let mut rest = *gap;
+        for step in shadowed {
+            let (front, back) = rest.around(step.to, step.to + step.len);
+            steps.extend(front.steps(self.choose(&front, at_hand, usual)));
+            steps.push(step);
+            rest = back;
+        }
+        steps.extend(rest.steps(self.choose(&rest, at_hand, usual)));
+        if new(&steps) <= new(&plain) {
+            return steps;
         }
         *at_hand = plain_at_hand;
         plain
     }
 
-    /// The pieces at hand whose shadows lie in a gap, by address; they are taken. One that reaches beyond the gap would
-    /// take memory that is needed elsewhere.
-    fn at_hand_in(&self, gap: &Gap, at_hand: &mut Vec<(usize, From)>) -> Vec<Step> {
-        let mut found = Vec::new();
+    /// The pieces at hand whose shadows lie in a gap, by address. One that reaches beyond the gap would take memory that is
+    /// needed elsewhere.
+    fn at_hand_in(&self, gap: &Gap, at_hand: &[(usize, From)]) -> Vec<Step> {
+        let mut found: Vec<Step> = Vec::new();
         for (to, shadow) in self.shadows.overlapping(gap.start, gap.end) {
             let is_it = |(_, from): &(usize, From)| matches!(from, From::Mapped(_, handle) | From::Spare(handle) if *handle == shadow.handle);
             let inside = to >= gap.start && to + shadow.len <= gap.end;
-            if let Some(place) = at_hand.iter().position(is_it).filter(|_| inside) {
-                let (len, from) = at_hand.remove(place);
+            if let Some(&(len, from)) = at_hand.iter().find(|at_hand| is_it(at_hand)).filter(|_| inside)
+                && found.iter().all(|step| step.from != from)
+            {
                 found.push(Step { to, len, from, shadowed: true });
             }
         }
