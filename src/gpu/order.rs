@@ -126,6 +126,11 @@ impl Order {
         self.mutant == Some(mutant)
     }
 
+    /// Streams that have a lane now.
+    pub(super) fn streams(&self) -> usize {
+        self.lanes.iter().filter(|lane| lane.stream.is_some()).count()
+    }
+
     pub(super) fn lanes(&self) -> u16 {
         self.lanes.len() as u16
     }

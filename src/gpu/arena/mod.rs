@@ -159,7 +159,7 @@ impl Core {
             chosen.iter().flatten().filter(|step| step.from == From::New).map(|step| step.len).sum()
         };
         let lacking: usize = gaps.iter().map(|gap| gap.end - gap.start).sum();
-        let usual = Some(pieces.usual(lacking));
+        let usual = Some(pieces.usual(lacking, self.order.streams()));
         let mut at_hand = self.at_hand(plan.start, end);
         let before = at_hand.clone();
         let mut chosen = choose(&mut at_hand, usual);

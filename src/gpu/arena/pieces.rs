@@ -2,7 +2,8 @@
 //!
 //! The driver's price is one a piece, whatever its size, so pieces are few and large: each new one is about a
 //! sixty-fourth of what the pool is about to hold, from one unit up to 32 MiB, and of large pools a four-thousandth
-//! more. Where a gap is larger than that, it gets larger pieces.
+//! more. Where several streams use the pool, it is half of that: what each of them freed lies between blocks of
+//! others, and a large piece is seldom free as a whole. Where a gap is larger than that, it gets larger pieces.
 
 #![forbid(unsafe_code)]
 
@@ -229,10 +230,12 @@ impl Pieces {
         self.leave(mapped.chain(spare).collect())
     }
 
-    /// The usual size of a new piece, where `lacking` bytes are to come to what the pool holds.
-    pub(in crate::gpu) fn usual(&self, lacking: usize) -> usize {
+    /// The usual size of a new piece, where `lacking` bytes are to come to what the pool holds for so many streams.
+    pub(in crate::gpu) fn usual(&self, lacking: usize, streams: usize) -> usize {
         let bytes = self.bytes.saturating_add(lacking);
-        let part = (bytes / PART).checked_next_power_of_two().unwrap_or(LARGE_PIECE);
+        let part = (bytes / if streams > 1 { 2 * PART } else { PART })
+            .checked_next_power_of_two()
+            .unwrap_or(LARGE_PIECE);
         part.clamp(self.unit, LARGE_PIECE.max(self.unit)) + ((bytes / MANY) & !(self.unit - 1))
     }
 

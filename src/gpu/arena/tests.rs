@@ -337,14 +337,15 @@ fn pieces_of_64(count: usize) -> Pieces {
 #[test]
 fn a_gap_takes_what_fits() {
     let pieces = pieces_of_64(64);
-    assert_eq!(pieces.usual(0), 32 << 20);
+    assert_eq!((pieces.usual(0, 1), pieces_of_64(16).usual(0, 1)), (32 << 20, 16 << 20));
+    assert_eq!(pieces_of_64(16).usual(0, 2), 8 << 20, "half of that for several streams");
     let gap = Gap { start: 0, end: 40 << 20, low: 0, high: 42 << 20 };
     let mut at_hand = vec![(8 << 20, From::Spare(Handle(1))), (64 << 20, From::Spare(Handle(2)))];
     let lengths = |steps: Vec<Step>| steps.iter().map(|step| step.len >> 20).collect::<Vec<_>>();
-    assert_eq!(lengths(pieces.fill(&gap, &mut at_hand, Some(pieces.usual(0)))), [8, 32]);
+    assert_eq!(lengths(pieces.fill(&gap, &mut at_hand, Some(pieces.usual(0, 1)))), [8, 32]);
     assert_eq!(at_hand.len(), 1, "the piece that is too large stays");
     let below = Gap { start: 20 << 20, end: 40 << 20, low: 0, high: 40 << 20 };
-    let down = pieces.fill(&below, &mut at_hand, Some(pieces.usual(0)));
+    let down = pieces.fill(&below, &mut at_hand, Some(pieces.usual(0, 1)));
     assert_eq!(down[0].to, 8 << 20);
     assert_eq!(lengths(down), [32], "down into the hole");
     assert_eq!(lengths(pieces.fill(&below, &mut at_hand, None)), [20], "exactly");
