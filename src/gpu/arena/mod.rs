@@ -80,7 +80,6 @@ impl Core {
     /// `now_ns` on the driver's clock.
     pub(super) fn plan(&mut self, zone: usize, ask: Ask, max_size: usize, now_ns: u64) -> Result<Plan> {
         let full = Error::oom(ask.bytes, OomReason::Limit(max_size));
-        self.join_all_loose();
         let Some(pieces) = &self.pieces else { return Err(full) };
         let granules = self.zones[zone].granules(ask.bytes).ok_or(full)?;
         let order = &self.order;
@@ -115,7 +114,6 @@ impl Core {
     ) -> Option<Plan> {
         let (zone, node) = (ticket.zone(), ticket.node());
         self.pieces.as_ref()?;
-        self.join_all_loose();
         let granules = self.zones[zone].granules(bytes)?;
         let (start, len) = (self.zones[zone].start(node), self.zones[zone].len(node));
         let order = &self.order;
@@ -358,7 +356,6 @@ impl Core {
 
     /// Takes idle pieces of at most `at_most` bytes together out of use, to be given back.
     pub(super) fn take_idle(&mut self, at_most: usize) -> Vec<Leaving> {
-        self.join_all_loose();
         let mut room = at_most;
         let mut idle = Vec::new();
         // The largest first: the fewest calls.

@@ -31,7 +31,6 @@ use super::ranges::{CLEAN, MIXED, Ranges, Tag};
 use super::stream::Stream;
 use crate::base::config::{AllocatorType, PoolConfig};
 use crate::base::error::Result;
-use crate::base::policy::Strategy;
 
 /// A live block: its zone and node. Owned buffers keep it, so that their free looks nothing up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -93,12 +92,6 @@ pub(super) const LARGE: usize = 2;
 /// The small zone of pools whose memory comes in pieces: it has pieces of its own.
 const SMALL: usize = 0;
 
-/// Blocks below this size are freed loose: they join their neighbours when nothing fits. A strategy that weighs all free
-/// ranges sees them joined.
-pub(super) fn loose_below(strategy: &Strategy) -> usize {
-    if matches!(strategy, Strategy::Segregated) { ZONE_LIMITS[SMALL] } else { 0 }
-}
-
 /// The part of a pool's address space that is for small requests.
 const SMALL_SPACE: usize = 16;
 
@@ -125,7 +118,6 @@ pub(super) struct Core {
     pub(super) growing: usize,
     /// One zone for everything: pools with blocks of one size, and pools too small to be divided.
     single_zone: bool,
-    loose_below: usize,
     /// The range of the large zone behind each segment of a small one, by address.
     parents: HashMap<usize, u32>,
     nested: usize,
@@ -150,7 +142,6 @@ impl Core {
             reserved: 0,
             growing: 0,
             single_zone: fixed || config.max_size < MIN_ZONED,
-            loose_below: loose_below(&config.strategy),
             parents: HashMap::new(),
             nested: 0,
             counters: Counters::default(),

@@ -23,10 +23,7 @@ impl Core {
     #[inline(always)]
     pub(in crate::gpu) fn place(&mut self, ask: Ask) -> Option<Placed> {
         let zone = self.zone_of(ask.bytes);
-        let node = match self.cut(zone, ask) {
-            Some(node) => node,
-            None => self.cut_joined(zone, ask)?,
-        };
+        let node = self.cut(zone, ask)?;
         Some(self.hand_out(zone, node, ask))
     }
 
@@ -36,21 +33,11 @@ impl Core {
         self.place(ask)
     }
 
-    /// Step 1 after what was left as it was freed is joined.
-    #[cold]
-    fn cut_joined(&mut self, zone: usize, ask: Ask) -> Option<u32> {
-        let joined = self.join_loose(zone, CLEAN) | self.join_loose(zone, ask.lane);
-        joined.then(|| self.cut_own(zone, ask)).flatten()
-    }
-
     /// Steps 2 to 5; a small zone then takes another segment from the large one.
     #[cold]
     pub(in crate::gpu) fn place_slow(&mut self, driver: &dyn Driver, ask: Ask) -> Option<Placed> {
         self.renumber(driver);
         let zone = self.zone_of(ask.bytes);
-        if self.zones[zone].has_loose() {
-            self.join_all_loose();
-        }
         let node = self.cut_slow(driver, zone, ask).or_else(|| {
             if zone == LARGE || self.pieces.is_some() {
                 // What the small zones have no use for joins the large ranges again.
@@ -100,7 +87,6 @@ impl Core {
     /// Takes idle segments of the small zones back into the large one; returns whether there were any.
     pub(in crate::gpu) fn unnest(&mut self) -> bool {
         let mut any = false;
-        self.join_all_loose();
         if self.pieces.is_some() {
             // There the small zone has addresses of its own.
             return any;

@@ -7,7 +7,7 @@ use crate::gpu::driver::Driver;
 use crate::gpu::front;
 #[cfg(test)]
 use crate::gpu::order::Mutant;
-use crate::gpu::ranges::{CLEAN, FIRST, MIXED, RECORDED, SHARED, Tag};
+use crate::gpu::ranges::{CLEAN, FIRST, RECORDED, SHARED, Tag};
 
 impl Core {
     /// Frees a block on `lane` (`CLEAN`: the CPU used it, and nobody else does). `before` is the lane of a captured
@@ -48,28 +48,7 @@ impl Core {
         // The lane may use what is clean, so both are one range to it; others find out again what is complete.
         let joins = tag.lane >= FIRST && public;
         self.live -= len;
-        let ranges = &mut self.zones[zone];
-        let also = |other: Tag| joins && other.lane == CLEAN;
-        if len >= self.loose_below || tag.lane == MIXED {
-            ranges.free_joining(node, tag, also);
-        } else if ranges.free_loose(node, tag, also) {
-            self.join_loose(zone, tag.lane);
-        }
-    }
-
-    /// Joins the small ranges of a lane that were left as they were freed; returns whether there were any.
-    pub(super) fn join_loose(&mut self, zone: usize, lane: u16) -> bool {
-        let joins = lane >= FIRST && !self.order.is_capture(lane);
-        self.zones[zone].join_loose(lane, |other| joins && other.lane == CLEAN)
-    }
-
-    /// The same in all zones and lanes.
-    pub(in crate::gpu) fn join_all_loose(&mut self) {
-        for zone in 0..self.zones.len() {
-            for lane in 0..self.order.lanes() {
-                self.join_loose(zone, lane);
-            }
-        }
+        self.zones[zone].free_joining(node, tag, |other| joins && other.lane == CLEAN);
     }
 
     /// The tag of a block that is freed on `lane` and that other lanes used, or graphs.

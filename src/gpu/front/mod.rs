@@ -42,7 +42,7 @@ use core::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
 use super::capture::Session;
-use super::core::{Core, Placed, Ticket, loose_below};
+use super::core::{Core, Placed, Ticket, ZONE_LIMITS};
 use super::driver::Driver;
 use super::seat::Seat;
 use super::stream::Stream;
@@ -148,6 +148,12 @@ fn way() -> usize {
     fresh
 }
 
+/// Bytes from which on a block is large: those of a cache go back before the books look for another such, the small ones
+/// when nothing fits. A strategy that weighs all free ranges sees them all.
+fn large_from(strategy: &Strategy) -> usize {
+    if matches!(strategy, Strategy::Segregated) { ZONE_LIMITS[0] } else { 0 }
+}
+
 /// The caches of a pool.
 #[derive(Debug)]
 pub(super) struct Front {
@@ -175,7 +181,7 @@ impl Front {
         let by_size = matches!(strategy, Strategy::Segregated | Strategy::BestFit);
         Self {
             shift,
-            large_from: loose_below(strategy),
+            large_from: large_from(strategy),
             most: if by_size { MOST_BYTES } else { 0 },
             cap: AtomicUsize::new(LEAST_CAP),
             rows: [const { OnceLock::new() }; ROW],

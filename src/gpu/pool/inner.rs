@@ -176,7 +176,7 @@ impl Inner {
         let lane = self.lane(&mut core, stream, session)?;
         let ask = Ask { bytes, align, lane, by_address };
         // What this stream freed joins its neighbours, or the best fit would not be seen; small blocks do when nothing
-        // fits, in the books as well.
+        // fits.
         if let Some(cache) = cache {
             self.front.take_large_back(&mut core, &*self.device.0.driver, cache, bytes);
         }

@@ -26,26 +26,12 @@ pub(super) struct Bins {
     any: u32,
     /// In all of them.
     pub(super) granules: u64,
-    /// How many were freed loose since such were last joined; so many at most have neighbours to be joined with.
-    pub(super) loose: u32,
-    /// How many ranges were taken whole since those were last joined.
-    pub(super) taken_whole: u32,
-    /// So many more are joined at once when they are freed.
-    pub(super) at_once: u32,
     pub(super) heads: [u32; CLASSES],
 }
 
 impl Bins {
     fn new() -> Self {
-        Self {
-            filled: [0; WORDS],
-            any: 0,
-            granules: 0,
-            loose: 0,
-            taken_whole: 0,
-            at_once: 0,
-            heads: [NIL; CLASSES],
-        }
+        Self { filled: [0; WORDS], any: 0, granules: 0, heads: [NIL; CLASSES] }
     }
 
     /// The first filled class from `from` on.
@@ -191,11 +177,6 @@ impl Ranges {
     pub(in crate::gpu) fn free_bytes(&self) -> usize {
         let lanes = 0..self.bins.len() as u16;
         lanes.filter(|&lane| lane != HOLE).map(|lane| self.free_in(lane)).sum()
-    }
-
-    /// Whether any lane has loose ranges.
-    pub(in crate::gpu) fn has_loose(&self) -> bool {
-        self.bins.iter().any(|bins| bins.loose != 0)
     }
 
     /// Whether the lane has free ranges here.

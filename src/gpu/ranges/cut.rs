@@ -78,8 +78,6 @@ impl Ranges {
     fn carve_whole(&mut self, index: u32, lane: u16) {
         self.unlink(index);
         let node = &mut self.nodes[index as usize];
-        let taken = &mut self.bins[node.tag().lane as usize].taken_whole;
-        *taken = taken.wrapping_add(1);
         node.set(node.granules(), LIVE);
         node.set_tag(Tag { lane, batch: 0 });
     }

@@ -6,12 +6,6 @@ use super::bins::{class_of, resize};
 use super::node::{FREE, NIL, Node};
 use super::{CLEAN, HOLE, MIXED, PUBLISHED, Ranges, Tag};
 
-/// After so many loose frees a lane's ranges are joined, which then takes no more than some hundred microseconds.
-const MOST_LOOSE: u32 = if cfg!(test) { 20 } else { 8192 };
-/// Where fewer ranges were taken whole meanwhile than were freed loose, this many times as many are joined at once before
-/// it is tried anew.
-const AT_ONCE: u32 = if cfg!(test) { 1 } else { 16 };
-
 impl Ranges {
     /// Frees a live block for `tag`.
     pub(in crate::gpu) fn free(&mut self, index: u32, tag: Tag) {
@@ -22,14 +16,6 @@ impl Ranges {
     #[inline]
     pub(in crate::gpu) fn free_joining(&mut self, index: u32, tag: Tag, also: impl Fn(Tag) -> bool) {
         debug_assert!(self.is_live(index));
-        self.make_free(index, tag);
-        let merged = self.join(index, also);
-        self.note_idle(merged);
-    }
-
-    /// Makes a live node a free one that is in no bin yet.
-    #[inline(always)]
-    fn make_free(&mut self, index: u32, tag: Tag) {
         if self.tag(index).batch & PUBLISHED != 0 {
             self.unpublish(index);
         }
@@ -37,47 +23,8 @@ impl Ranges {
         let node = &mut self.nodes[index as usize];
         node.set(node.granules(), FREE);
         node.set_tag(tag);
-    }
-
-    /// Frees a live block for `tag`, which is no list, and leaves its neighbours as they are, so that the next request of
-    /// its size finds it whole; where hardly any request does, [`free_joining`](Self::free_joining). Returns whether the
-    /// lane has so many loose ranges now that they should be joined.
-    #[inline]
-    pub(in crate::gpu) fn free_loose(&mut self, index: u32, tag: Tag, also: impl Fn(Tag) -> bool) -> bool {
-        debug_assert!(self.is_live(index) && tag.lane != MIXED);
-        let bins = &mut self.bins[tag.lane as usize];
-        if bins.at_once != 0 {
-            bins.at_once -= 1;
-            self.free_joining(index, tag, also);
-            return false;
-        }
-        bins.loose += 1;
-        let many = bins.loose > MOST_LOOSE;
-        self.make_free(index, tag);
-        self.link(index);
-        many
-    }
-
-    /// Joins what was freed loose on a lane with neighbours of that lane, and with those that `also` accepts; returns
-    /// whether there was anything.
-    #[cold]
-    pub(in crate::gpu) fn join_loose(&mut self, lane: u16, also: impl Fn(Tag) -> bool) -> bool {
-        let Some(bins) = self.bins.get_mut(lane as usize) else { return false };
-        let loose = std::mem::take(&mut bins.loose);
-        if loose == 0 {
-            return false;
-        }
-        if std::mem::take(&mut bins.taken_whole) < loose {
-            bins.at_once = loose.saturating_mul(AT_ONCE);
-        }
-        for found in self.collect(lane, |node| self.has_mate(node, &also)) {
-            if self.is_still(found, lane) {
-                self.unlink(found.0);
-                let whole = self.join(found.0, &also);
-                self.note_idle(whole);
-            }
-        }
-        true
+        let merged = self.join(index, also);
+        self.note_idle(merged);
     }
 
     /// Whether [`join`](Self::join) would join a node with a neighbour.

@@ -6,15 +6,14 @@
 //!           │        (L2, 17)      │      for lane L2 now, for others once batch 17 of L2 is done
 //! ```
 //! A free range is free *for a lane* (a stream, as a pool numbers them). Lane [`CLEAN`] means free for
-//! anybody, lane [`HOLE`] that there is no memory behind the addresses. Ranges of one lane merge,
-//! whatever their batches: the later batch covers the earlier. Large ones do so at once; small ones are freed *loose*, so
-//! that the next request of their size finds them whole, and merge when nothing fits, or many of them lie about.
+//! anybody, lane [`HOLE`] that there is no memory behind the addresses. Ranges of one lane merge
+//! at once, whatever their batches: the later batch covers the earlier.
 //! Ranges of different lanes stay apart until somebody who may use both joins them.
 //!
 //! Invariants
 //! 1. Neighbours by address touch; the first node of a segment has no `prev`, the last no `next`.
 //! 2. Every free node is in exactly one bin: its lane's, its size's. No other node is.
-//! 3. No two free neighbours have the same lane, unless that lane is [`MIXED`], or has loose ranges.
+//! 3. No two free neighbours have the same lane, unless that lane is [`MIXED`].
 //! 4. A published live node is in the look-up chain of its address; a chain holds nothing else.
 //! 5. Freeing allocates nothing.
 //!

@@ -36,17 +36,11 @@ impl Ranges {
 
     /// The largest free range.
     pub(in crate::gpu) fn largest_free(&self) -> usize {
-        let (mut largest, mut run, mut end, mut lane) = (0, 0, 0, HOLE);
+        let mut largest = 0;
         self.for_each(&mut |range| {
-            if range.live || range.tag.lane == HOLE {
-                run = 0;
-                return;
+            if !range.live && range.tag.lane != HOLE {
+                largest = largest.max(range.len);
             }
-            // Loose neighbours of a lane are one range as soon as somebody needs it.
-            let goes_on = run != 0 && range.start == end && range.tag.lane == lane && lane != MIXED;
-            run = range.len + if goes_on { run } else { 0 };
-            (end, lane) = (range.start + range.len, range.tag.lane);
-            largest = largest.max(run);
         });
         largest
     }
@@ -81,7 +75,6 @@ impl Ranges {
                         let lane = node.tag().lane;
                         if last.is_some_and(|last| last.state() == FREE && last.tag().lane == lane)
                             && lane != MIXED
-                            && self.bins[lane as usize].loose == 0
                         {
                             return broken("3: free neighbours of a lane merge", self.place(node));
                         }
