@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use memory_pool::base::error::Refusal;
-use memory_pool::gpu::Touch;
+use memory_pool::gpu::{SimMemory, Touch};
 use memory_pool::{
     AllocatorType, DevicePool, Error, GpuDevice, PinnedPool, PoolConfig, SimConfig, Strategy, Stream,
 };
@@ -503,4 +503,91 @@ fn what_moves_all_the_time_on_a_full_device_goes_on_moving() {
     let (requests, calls) = at_random(&pool, &stream, most, 6000, 64 * MIB);
     assert!(calls as usize > requests / 20 && pool.stats().failed_count == 0, "{calls} calls");
     clean(&gpu);
+}
+
+/// Blocks of all sizes come and go in any order, so that pieces of memory move; each keeps what was written into it.
+/// An error is one that the driver made, and leaves the pool whole.
+fn moving(gpu: &GpuDevice, steps: usize) -> Option<Error> {
+    const ENDS: usize = 64;
+    let sim = gpu.simulation().unwrap();
+    let streams = [gpu.new_stream().ok()?, gpu.new_stream().ok()?];
+    let pool = DevicePool::new(gpu, PoolConfig::default_gpu().max_size(256 * MIB)).ok()?;
+    let wrong = Arc::new(AtomicUsize::new(0));
+    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+    let mut below = |limit: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as usize % limit
+    };
+    let (mut live, mut bytes, mut failed) = (Vec::new(), 0, None);
+    for step in 0..steps {
+        let size = ENDS + below(24 * MIB);
+        let stream = &streams[below(2)];
+        if bytes + size <= 128 * MIB && below(100) < 70 {
+            match pool.allocate_async(size, stream) {
+                Ok(block) => {
+                    let (at, tag) = (block.as_ptr() as usize, [step as u8; ENDS]);
+                    let touches = [Touch::write(at, ENDS), Touch::write(at + size - ENDS, ENDS)];
+                    let body = move |memory: &SimMemory<'_>| {
+                        assert!(memory.write(at, &tag) && memory.write(at + size - ENDS, &tag));
+                    };
+                    // What is not written cannot be read.
+                    let written = sim.launch(stream, 100, &touches, body).is_ok();
+                    live.push((block, size, stream, written.then_some(tag)));
+                    bytes += size;
+                }
+                Err(error) => failed = Some(error),
+            }
+        } else if !live.is_empty() {
+            let (block, size, stream, tag) = live.swap_remove(below(live.len()));
+            bytes -= size;
+            let at = block.as_ptr() as usize;
+            if let Some(tag) = tag {
+                let touches = [Touch::read(at, ENDS), Touch::read(at + size - ENDS, ENDS)];
+                let wrong = wrong.clone();
+                let body = move |memory: &SimMemory<'_>| {
+                    let mut found = [[0; ENDS]; 2];
+                    let read = memory.read(at, &mut found[0]) && memory.read(at + size - ENDS, &mut found[1]);
+                    wrong.fetch_add(usize::from(!read || found != [tag; 2]), Ordering::Relaxed);
+                };
+                let _ = sim.launch(stream, 100, &touches, body);
+            }
+            // SAFETY: a live block of this pool, whose work is on this stream.
+            unsafe { pool.deallocate_async(block, stream) };
+        }
+        pool.check().unwrap();
+    }
+    for (block, _, stream, _) in live {
+        // SAFETY: as above.
+        unsafe { pool.deallocate_async(block, stream) };
+    }
+    sim.run_all();
+    assert_eq!(wrong.load(Ordering::Relaxed), 0, "a block was written over");
+    failed
+}
+
+#[test]
+fn memory_that_moves_keeps_its_bytes_whichever_call_fails() {
+    let gpu = device(34, 1 << 30);
+    assert_eq!(moving(&gpu, 200), None);
+    clean(&gpu);
+    let sim = gpu.simulation().unwrap();
+    let (made, mapped) = (sim.count("cuMemCreate"), sim.count("cuMemMap"));
+    assert!(mapped > made + made / 4, "{mapped} mappings of {made} pieces: few moved");
+    let total = sim.calls();
+    let mut hit = 0;
+    for nth in (1..=total).step_by(3) {
+        let gpu = device(34, 1 << 30);
+        let sim = gpu.simulation().unwrap();
+        sim.fail_call(nth, 2);
+        if let Some(error) = moving(&gpu, 200) {
+            hit += 1;
+            assert!(matches!(error, Error::Cuda { .. } | Error::OutOfMemory { .. }), "{error}");
+        }
+        sim.cancel_fault();
+        clean(&gpu);
+        assert_eq!(sim.memory_in_use(), 0, "call {nth}: memory was lost");
+    }
+    assert!(hit > 0, "not every failure can be absorbed");
 }
