@@ -57,8 +57,8 @@ impl Core {
     #[inline(always)]
     pub(in crate::gpu) fn hand_out(&mut self, zone: usize, node: u32, ask: Ask) -> Placed {
         let ranges = &mut self.zones[zone];
-        let published = ask.by_address && ranges.publish(node);
         let (start, len) = (ranges.start(node), ranges.len(node));
+        let published = ask.by_address && ranges.publish(node);
         self.live += len;
         let counters = &mut self.counters;
         counters.allocations += 1;

@@ -20,10 +20,7 @@ impl Ranges {
             self.unpublish(index);
         }
         self.live_blocks -= 1;
-        let node = &mut self.nodes[index as usize];
-        node.set(node.granules(), FREE);
-        node.set_tag(tag);
-        let merged = self.join(index, also);
+        let merged = self.join(index, tag, also);
         self.note_idle(merged);
     }
 
@@ -33,55 +30,62 @@ impl Ranges {
         neighbours.map(|other| &self.nodes[other as usize]).any(|other| joins(node.tag().lane, other, &also))
     }
 
-    /// Joins a free node that is in no bin with its free neighbours of the same lane, and with those whose tag
-    /// `also` accepts, and puts the whole into its bin; returns the node that stands for it.
+    /// Joins a node that is in no bin, to be free for `tag`, with its free neighbours of that lane, and with those whose
+    /// tag `also` accepts, and puts the whole into its bin; returns the node that stands for it.
     #[inline]
-    pub(super) fn join(&mut self, index: u32, also: impl Fn(Tag) -> bool) -> u32 {
-        let node = self.nodes[index as usize];
-        let mine = node.tag();
-        let joins = |other: &Node| joins(mine.lane, other, &also);
-        let in_front = node.prev() != NIL && joins(&self.nodes[node.prev() as usize]);
-        let behind = node.next() != NIL && joins(&self.nodes[node.next() as usize]);
-        if !in_front && !behind {
+    pub(super) fn join(&mut self, index: u32, tag: Tag, also: impl Fn(Tag) -> bool) -> u32 {
+        let nodes = &self.nodes[..];
+        let node = &nodes[index as usize];
+        let joins = |other: u32| other != NIL && joins(tag.lane, &nodes[other as usize], &also);
+        let (prev, next) = (node.prev(), node.next());
+        let (in_front, behind) = (joins(prev), joins(next));
+        if in_front != behind {
+            let other = if in_front { prev } else { next };
+            let theirs = &nodes[other as usize];
+            let beyond = if in_front { theirs.prev() } else { theirs.next() };
+            if theirs.tag().lane == tag.lane && !joins(beyond) {
+                self.join_one(index, tag, other, in_front);
+                return other;
+            }
+        } else if !in_front {
+            let node = &mut self.nodes[index as usize];
+            node.set(node.granules(), FREE);
+            node.set_tag(tag);
             self.link(index);
             return index;
         }
-        if in_front != behind {
-            let other = if in_front { node.prev() } else { node.next() };
-            let theirs = &self.nodes[other as usize];
-            let beyond = if in_front { theirs.prev() } else { theirs.next() };
-            if theirs.tag().lane == mine.lane && (beyond == NIL || !joins(&self.nodes[beyond as usize])) {
-                self.join_one(index, other);
-                return other;
-            }
-        }
-        self.join_many(index, joins)
+        self.join_many(index, tag, also)
     }
 
-    /// Joins a free node that is in no bin with one neighbour of its lane.
+    /// Joins a node that is in no bin with one neighbour of the tag's lane.
     #[inline]
-    fn join_one(&mut self, index: u32, other: u32) {
+    fn join_one(&mut self, index: u32, tag: Tag, other: u32, in_front: bool) {
         let nodes = &mut self.nodes[..];
         let (node, theirs) = (nodes[index as usize], nodes[other as usize]);
         resize(nodes, &mut self.bins, other, theirs.granules() + node.granules());
         let whole = &mut nodes[other as usize];
-        whole.set_tag(Tag { lane: node.tag().lane, batch: node.tag().batch.max(theirs.tag().batch) });
-        if node.prev() == other {
-            self.join_chain(other, node.next());
+        whole.set_tag(Tag { lane: tag.lane, batch: tag.batch.max(theirs.tag().batch) });
+        if in_front {
+            whole.set_next(node.next());
+            if node.next() != NIL {
+                nodes[node.next() as usize].set_prev(other);
+            }
         } else {
             whole.begin_as(&node);
-            self.join_chain(node.prev(), other);
-            if node.prev() == NIL {
+            whole.set_prev(node.prev());
+            if node.prev() != NIL {
+                nodes[node.prev() as usize].set_next(other);
+            } else {
                 self.begin_with(node.at(), other);
             }
         }
         self.drop_node(index);
     }
 
-    /// Joins a free node that is in no bin with all neighbours that `joins` accepts.
-    fn join_many(&mut self, index: u32, joins: impl Fn(&Node) -> bool) -> u32 {
+    /// [`join`](Self::join), whatever there is.
+    fn join_many(&mut self, index: u32, mine: Tag, also: impl Fn(Tag) -> bool) -> u32 {
+        let joins = |other: &Node| joins(mine.lane, other, &also);
         let node = &self.nodes[index as usize];
-        let mine = node.tag();
         let (mut first, mut last, mut largest) = (index, index, NIL);
         let (mut granules, mut batch) = (node.granules(), mine.batch);
         let (mut before, mut after) = (node.prev(), node.next());
@@ -171,7 +175,7 @@ impl Ranges {
         for found in self.collect(tag.lane, |node| self.has_mate(node, &usable)) {
             if self.is_still(found, tag.lane) {
                 self.unlink(found.0);
-                let merged = self.join(found.0, &usable);
+                let merged = self.join(found.0, self.tag(found.0), &usable);
                 // The lane waited for what joined at some moment up to now; only its open batch covers that.
                 self.nodes[merged as usize].set_tag(tag);
                 joined = true;
@@ -246,8 +250,7 @@ impl Ranges {
     /// Makes one free range of the run that begins at `first`, for `tag`.
     pub(in crate::gpu) fn join_run(&mut self, first: u32, tag: Tag, usable: impl Fn(Tag) -> bool) -> u32 {
         self.unlink(first);
-        self.nodes[first as usize].set_tag(tag);
-        self.join(first, usable)
+        self.join(first, tag, usable)
     }
 
     /// Gives one free range the tag `tag` and joins it with the neighbours of that lane.

@@ -19,16 +19,13 @@ impl Ranges {
     /// Makes a live block findable by its address; false where the host has no memory for that.
     #[inline(always)]
     pub(in crate::gpu) fn publish(&mut self, index: u32) -> bool {
-        let node = &self.nodes[index as usize];
-        let (tag, low) = (node.tag(), node.low());
-        if tag.batch & PUBLISHED != 0 {
-            return true;
-        }
-        if self.published >= self.most_published && !self.grow_chains() {
-            return false;
-        }
-        let chain = self.chain(low);
+        let room = self.published < self.most_published || self.grow_chains();
+        let chain = self.chain(self.nodes[index as usize].low());
         let node = &mut self.nodes[index as usize];
+        let tag = node.tag();
+        if tag.batch & PUBLISHED != 0 || !room {
+            return tag.batch & PUBLISHED != 0;
+        }
         node.set_tag(Tag { lane: tag.lane, batch: tag.batch | PUBLISHED });
         node.set_link_next(std::mem::replace(&mut self.chains[chain], index));
         self.published += 1;
