@@ -12,7 +12,7 @@ use crate::gpu::ranges::{CLEAN, FIRST, RECORDED, SHARED, Tag};
 impl Core {
     /// Frees a block on `lane` (`CLEAN`: the CPU used it, and nobody else does). `before` is the lane of a captured
     /// stream outside of its capture.
-    #[inline]
+    #[inline(always)]
     pub(in crate::gpu) fn free(
         &mut self,
         driver: &dyn Driver,
@@ -25,7 +25,7 @@ impl Core {
     }
 
     /// [`free`](Self::free), of a block whose free was counted already.
-    #[inline]
+    #[inline(always)]
     pub(in crate::gpu) fn release(
         &mut self,
         driver: &dyn Driver,

@@ -23,7 +23,7 @@ impl Ranges {
 
     /// Cuts a live block out of a free node; what is left stays free with the node's tag. `None` where there
     /// is no room to note the rest.
-    #[inline]
+    #[inline(always)]
     pub(in crate::gpu) fn carve(
         &mut self,
         index: u32,

@@ -32,7 +32,7 @@ struct Need {
 impl Ranges {
     /// The free range to cut a request of `lane` from, among what it freed and what is free for anybody. With
     /// `own_first` what it freed is taken wherever it fits at all.
-    #[inline]
+    #[inline(always)]
     pub(in crate::gpu) fn choose(
         &self,
         lane: u16,
