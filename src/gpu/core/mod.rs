@@ -118,6 +118,8 @@ pub(super) struct Core {
     pub(super) growing: usize,
     /// One zone for everything: pools with blocks of one size, and pools too small to be divided.
     single_zone: bool,
+    /// Requests of so many bytes go to the large zone.
+    large_least: usize,
     /// The range of the large zone behind each segment of a small one, by address.
     parents: HashMap<usize, u32>,
     nested: usize,
@@ -129,6 +131,7 @@ impl Core {
     pub(super) fn new(shift: u32, config: &PoolConfig) -> Self {
         let fixed = config.allocator_type == AllocatorType::FixedSize;
         let min_rest = if fixed { 0 } else { config.min_block_size };
+        let single_zone = fixed || config.max_size < MIN_ZONED;
         let zones = [(); 3].map(|()| Ranges::new(shift, config.strategy.clone(), min_rest));
         Self {
             zones,
@@ -141,7 +144,8 @@ impl Core {
             live: 0,
             reserved: 0,
             growing: 0,
-            single_zone: fixed || config.max_size < MIN_ZONED,
+            single_zone,
+            large_least: if single_zone { 0 } else { ZONE_LIMITS[LARGE - 1] },
             parents: HashMap::new(),
             nested: 0,
             counters: Counters::default(),
@@ -156,18 +160,19 @@ impl Core {
             && self.zones[LARGE].add_space(start + small, len - small);
         self.lanes_changed();
         (self.pieces, self.large_from) = (noted.then(|| Pieces::new(unit)), start + small);
+        self.large_least = if self.single_zone { 0 } else { ZONE_LIMITS[SMALL] };
         noted
     }
 
     #[inline]
     pub(super) fn zone_of(&self, bytes: usize) -> usize {
-        if self.single_zone {
-            return LARGE;
+        if bytes >= self.large_least {
+            LARGE
+        } else if self.pieces.is_some() {
+            SMALL
+        } else {
+            ZONE_LIMITS.iter().position(|&limit| bytes < limit).unwrap_or(LARGE)
         }
-        if self.pieces.is_some() {
-            return if bytes < ZONE_LIMITS[SMALL] { SMALL } else { LARGE };
-        }
-        ZONE_LIMITS.iter().position(|&limit| bytes < limit).unwrap_or(LARGE)
     }
 
     /// Prepares bins for lanes that were opened.

@@ -216,13 +216,9 @@ impl Front {
         }
     }
 
-    #[inline]
-    fn cache_or_new(&self, whose: Whose) -> Option<&Cache> {
-        self.cache(whose).or_else(|| self.new_cache(whose))
-    }
-
+    /// The cache, made if there is none yet.
     #[cold]
-    fn new_cache(&self, whose: Whose) -> Option<&Cache> {
+    pub(super) fn new_cache(&self, whose: Whose) -> Option<&Cache> {
         let large_from = (self.large_from >> self.shift) as u32;
         match whose {
             Whose::Cpu => self.cpu.get_or_make(way(), large_from),
@@ -319,15 +315,13 @@ impl Front {
         &self,
         core: &mut Core,
         driver: &dyn Driver,
-        whose: Whose,
+        cache: &Cache,
         lane: u16,
         (ticket, len): (Ticket, usize),
     ) -> bool {
-        let granules = (len >> self.shift) as u32;
-        let Some(cache) = self.cache_or_new(whose).filter(|cache| cache.is_worth(granules)) else {
-            return false;
-        };
-        len <= self.most && self.keep_in(core, driver, cache, lane, ticket)
+        cache.is_worth((len >> self.shift) as u32)
+            && len <= self.most
+            && self.keep_in(core, driver, cache, lane, ticket)
     }
 
     /// [`keep`](Self::keep) of a block of a size that is worth it.

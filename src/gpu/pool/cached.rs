@@ -28,12 +28,20 @@ impl Inner {
         (place.and_then(|place| self.pick(cache, &mut inside, place, align)), inside.seat())
     }
 
-    /// A cached block alone.
+    /// A cached block alone; where there is none, the cache that was looked into.
     #[inline(never)]
-    pub(super) fn take_record(&self, bytes: usize, align: usize, stream: Option<&Stream>) -> Option<&Record> {
-        let cache = self.plain_cache(stream)?;
-        let place = self.look(cache, bytes)?;
-        self.pick(cache, &mut *cache.turn.try_lock()?, place, align)
+    pub(super) fn take_record(
+        &self,
+        bytes: usize,
+        align: usize,
+        stream: Option<&Stream>,
+    ) -> core::result::Result<&Record, Option<&Cache>> {
+        let cache = self.plain_cache(stream).ok_or(None)?;
+        let picked = || {
+            let place = self.look(cache, bytes)?;
+            self.pick(cache, &mut *cache.turn.try_lock()?, place, align)
+        };
+        picked().ok_or(Some(cache))
     }
 
     /// The cache of a stream, or the CPU's, if that can be said at a glance.
@@ -66,7 +74,7 @@ impl Inner {
     /// Whether the stream orders this pool's memory, for this thread, and is in no capture, at a glance: the stream of
     /// another thread is none of which that can be said.
     #[inline(always)]
-    pub(super) fn orders_by(&self, stream: &Stream) -> bool {
+    fn orders_by(&self, stream: &Stream) -> bool {
         !stream.may_be_captured() && self.device.same(stream.device())
     }
 
@@ -80,7 +88,7 @@ impl Inner {
     ) -> Result<(Placed, Option<Arc<Seat>>)> {
         let flags = AllocFlags::NONE;
         if self.watch.is_some() {
-            return Ok((self.take(bytes, align, stream, flags, false)?, seat));
+            return Ok((self.take(bytes, align, stream, flags, false, None)?, seat));
         }
         if let Some(stream) = stream {
             self.accept(stream)?;

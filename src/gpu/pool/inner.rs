@@ -98,7 +98,8 @@ impl Inner {
     }
 
     /// A block for work on `stream`, or for the CPU, and as far as there is room for that `by_address`: to be found by
-    /// its address. It was looked for in its cache already where that takes no more than a glance. `bytes` is not 0.
+    /// its address. `cache` is the one that was looked into before, where that takes no more than a glance. `bytes` is
+    /// not 0.
     #[inline(never)]
     pub(in crate::gpu) fn take(
         self: &Arc<Self>,
@@ -107,12 +108,13 @@ impl Inner {
         stream: Option<&Stream>,
         flags: AllocFlags,
         by_address: bool,
+        cache: Option<&Cache>,
     ) -> Result<Placed> {
+        if cache.is_some() {
+            let (rounded, align) = (self.rounded(bytes)?, align.max(self.config.alignment));
+            return self.from_books(rounded, align, stream, None, cache, flags, by_address);
+        }
         match &self.watch {
-            None if stream.is_none_or(|stream| self.orders_by(stream)) => {
-                let rounded = self.rounded(bytes)?;
-                self.from_books(rounded, align.max(self.config.alignment), stream, None, flags, by_address)
-            }
             None => self.take_plain(bytes, align, stream, flags, by_address),
             Some(watch) => self.take_watched(watch, bytes, align, stream, flags, by_address),
         }
@@ -157,7 +159,9 @@ impl Inner {
         flags: AllocFlags,
         by_address: bool,
     ) -> Result<Placed> {
-        self.from_books(bytes, align, stream, session.as_ref(), flags, by_address)
+        let session = session.as_ref();
+        let cache = Whose::of(stream, session).and_then(|whose| self.front.cache(whose));
+        self.from_books(bytes, align, stream, session, cache, flags, by_address)
     }
 
     #[inline(always)]
@@ -167,10 +171,10 @@ impl Inner {
         align: usize,
         stream: Option<&Stream>,
         session: Option<&Arc<Session>>,
+        cache: Option<&Cache>,
         flags: AllocFlags,
         by_address: bool,
     ) -> Result<Placed> {
-        let cache = Whose::of(stream, session).and_then(|whose| self.front.cache(whose));
         let mut core = self.core.lock();
         self.open()?;
         let lane = self.lane(&mut core, stream, session)?;
@@ -280,17 +284,20 @@ impl Inner {
     #[inline]
     pub(super) fn give_plain_at(self: &Arc<Self>, start: usize, stream: Option<&Stream>) -> Result<()> {
         let whose = Whose::of(stream, None).filter(|_| !stream.is_some_and(Stream::may_be_captured));
-        if let Some(cache) = whose.and_then(|whose| self.front.cache(whose))
-            && self.front.give(cache, start, true)
-        {
-            return Ok(());
+        match whose.and_then(|whose| self.front.cache(whose)) {
+            Some(cache) if self.front.give(cache, start, true) => Ok(()),
+            cache => self.give_at_slow(start, stream, cache),
         }
-        self.give_at_slow(start, stream)
     }
 
     /// [`give_plain_at`](Self::give_plain_at) where it takes more than a look.
     #[inline(never)]
-    fn give_at_slow(self: &Arc<Self>, start: usize, stream: Option<&Stream>) -> Result<()> {
+    fn give_at_slow(
+        self: &Arc<Self>,
+        start: usize,
+        stream: Option<&Stream>,
+        cache: Option<&Cache>,
+    ) -> Result<()> {
         if let Some(stream) = stream.filter(|stream| stream.may_be_captured()) {
             return self.give_at_asked(start, stream);
         }
@@ -298,7 +305,9 @@ impl Inner {
         let Some(block) = core.find_live(start) else { return Err(core.fault(start)) };
         let lane = stream.map_or(Some(CLEAN), |stream| core.order.lane(stream.slot()));
         match lane {
-            Some(lane) => self.free_on(&mut core, block, stream, Whose::of(stream, None), lane, None),
+            Some(lane) => {
+                self.free_on(&mut core, block, stream, Whose::of(stream, None), cache, (lane, None));
+            }
             None => self.free_in(&mut core, block.0, stream, &Ok(None)),
         }
         Ok(())
@@ -355,10 +364,12 @@ impl Inner {
             Err(_) => return,
         };
         let block = (ticket, core.len(ticket));
-        self.free_on(core, block, stream, whose, lane, before);
+        let cache = whose.and_then(|whose| self.front.cache(whose));
+        self.free_on(core, block, stream, whose, cache, (lane, before));
     }
 
-    /// Frees a block of this length on `lane`, to the cache or the books. `before` is that of [`Core::free`].
+    /// Frees a block of this length on `lane`, to the cache of `whose`, which is `cache` if there is one yet, or to the
+    /// books. `before` is that of [`Core::free`].
     #[inline(always)]
     fn free_on(
         &self,
@@ -366,19 +377,20 @@ impl Inner {
         block: (Ticket, usize),
         stream: Option<&Stream>,
         whose: Option<Whose>,
-        lane: u16,
-        before: Option<u16>,
+        cache: Option<&Cache>,
+        (lane, before): (u16, Option<u16>),
     ) {
         let driver = &*self.device.0.driver;
         // What caches handed out since made the peak perhaps.
         core.note_peak(|| self.front.low());
         // What nobody could ask for again is not cached (invariant 2 of `handle`).
         let kept = whose.filter(|_| !self.users.is_none() && !stream.is_some_and(Stream::is_unused));
-        if kept.is_some_and(|whose| self.front.keep(core, driver, whose, lane, block)) {
+        let kept = kept.and_then(|whose| cache.or_else(|| self.front.new_cache(whose)));
+        if kept.is_some_and(|cache| self.front.keep(core, driver, cache, lane, block)) {
             return;
         }
         core.free(driver, block.0, lane, before);
-        if let Some(cache) = whose.and_then(|whose| self.front.cache(whose)) {
+        if let Some(cache) = cache {
             self.front.settle_low(cache);
         }
     }

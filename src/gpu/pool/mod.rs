@@ -147,9 +147,9 @@ impl<K: MemoryKind> GpuPool<K> {
         flags: AllocFlags,
     ) -> Result<NonNull<[u8]>> {
         match self.inner.take_record(bytes, align, stream) {
-            Some(record) if record.flags() & PUBLISHED != 0 => Self::block(record.start(), record.len()),
-            Some(record) => self.raw_published(record.placed(), stream),
-            None => match self.inner.take(bytes, align, stream, flags, true)? {
+            Ok(record) if record.flags() & PUBLISHED != 0 => Self::block(record.start(), record.len()),
+            Ok(record) => self.raw_published(record.placed(), stream),
+            Err(cache) => match self.inner.take(bytes, align, stream, flags, true, cache)? {
                 placed if placed.published => Self::block(placed.start, placed.len),
                 placed => self.raw_published(placed, stream),
             },
