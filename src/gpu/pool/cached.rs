@@ -28,20 +28,20 @@ impl Inner {
         (place.and_then(|place| self.pick(cache, &mut inside, place, align)), inside.seat())
     }
 
-    /// A cached block alone; where there is none, the cache that was looked into.
+    /// A cached block alone, and the cache that was looked into.
     #[inline(never)]
     pub(super) fn take_record(
         &self,
         bytes: usize,
         align: usize,
         stream: Option<&Stream>,
-    ) -> core::result::Result<&Record, Option<&Cache>> {
-        let cache = self.plain_cache(stream).ok_or(None)?;
+    ) -> (Option<&Record>, Option<&Cache>) {
+        let Some(cache) = self.plain_cache(stream) else { return (None, None) };
         let picked = || {
             let place = self.look(cache, bytes)?;
             self.pick(cache, &mut *cache.turn.try_lock()?, place, align)
         };
-        picked().ok_or(Some(cache))
+        (picked(), Some(cache))
     }
 
     /// The cache of a stream, or the CPU's, if that can be said at a glance.
@@ -88,7 +88,7 @@ impl Inner {
     ) -> Result<(Placed, Option<Arc<Seat>>)> {
         let flags = AllocFlags::NONE;
         if self.watch.is_some() {
-            return Ok((self.take(bytes, align, stream, flags, false, None)?, seat));
+            return Ok((self.take(bytes, align, stream, flags, false)?, seat));
         }
         if let Some(stream) = stream {
             self.accept(stream)?;

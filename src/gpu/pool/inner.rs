@@ -5,6 +5,7 @@
 //! taken before `core`, never after.
 
 use core::alloc::Layout;
+use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
@@ -21,7 +22,7 @@ use super::options;
 use super::source::{Reserved, Source};
 use super::watch::Watch;
 use crate::base::config::PoolConfig;
-use crate::base::error::{Error, OomReason, Refusal, Result};
+use crate::base::error::{Error, OomReason, PointerFault, Refusal, Result};
 use crate::base::pool::{AllocFlags, MemoryType};
 use crate::base::sync::{Lock, LockGuard};
 use crate::base::tracking::Tracking;
@@ -97,10 +98,47 @@ impl Inner {
         Ok(inner)
     }
 
-    /// A block for work on `stream`, or for the CPU, and as far as there is room for that `by_address`: to be found by
-    /// its address. `cache` is the one that was looked into before, where that takes no more than a glance. `bytes` is
-    /// not 0.
+    /// A block that is found by its address. `cache` is the one that was looked into before, where that takes no more
+    /// than a glance. `bytes` is not 0.
     #[inline(never)]
+    pub(super) fn take_raw(
+        self: &Arc<Self>,
+        bytes: usize,
+        align: usize,
+        stream: Option<&Stream>,
+        flags: AllocFlags,
+        cache: Option<&Cache>,
+    ) -> Result<NonNull<[u8]>> {
+        let placed = if cache.is_some() {
+            let (rounded, align) = (self.rounded(bytes)?, align.max(self.config.alignment));
+            self.from_books(rounded, align, stream, None, cache, flags, true)?
+        } else {
+            self.take(bytes, align, stream, flags, true)?
+        };
+        if placed.published { Self::block(placed.start, placed.len) } else { self.published(placed, stream) }
+    }
+
+    pub(super) fn block(start: usize, len: usize) -> Result<NonNull<[u8]>> {
+        let base = NonNull::new(start as *mut u8).ok_or(Error::pointer(start, PointerFault::Foreign))?;
+        Ok(NonNull::slice_from_raw_parts(base, len))
+    }
+
+    /// A block that could not be found by its address so far.
+    #[cold]
+    pub(super) fn published(
+        self: &Arc<Self>,
+        placed: Placed,
+        stream: Option<&Stream>,
+    ) -> Result<NonNull<[u8]>> {
+        if !self.core.lock().publish(placed.ticket) {
+            self.give(placed.ticket, placed.start, placed.len, stream);
+            return Err(Error::oom(placed.len, OomReason::Source));
+        }
+        Self::block(placed.start, placed.len)
+    }
+
+    /// A block for work on `stream`, or for the CPU, and as far as there is room for that `by_address`: to be found by
+    /// its address. `bytes` is not 0.
     pub(in crate::gpu) fn take(
         self: &Arc<Self>,
         bytes: usize,
@@ -108,12 +146,7 @@ impl Inner {
         stream: Option<&Stream>,
         flags: AllocFlags,
         by_address: bool,
-        cache: Option<&Cache>,
     ) -> Result<Placed> {
-        if cache.is_some() {
-            let (rounded, align) = (self.rounded(bytes)?, align.max(self.config.alignment));
-            return self.from_books(rounded, align, stream, None, cache, flags, by_address);
-        }
         match &self.watch {
             None => self.take_plain(bytes, align, stream, flags, by_address),
             Some(watch) => self.take_watched(watch, bytes, align, stream, flags, by_address),

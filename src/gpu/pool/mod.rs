@@ -23,7 +23,6 @@ use bytemuck::Zeroable;
 pub(super) use inner::Inner;
 
 use super::buffer::DeviceBuffer;
-use super::core::Placed;
 use super::device::GpuDevice;
 use super::driver::Space;
 use super::front::PUBLISHED;
@@ -32,7 +31,7 @@ use super::host::HostBuffer;
 use super::kind::{Device, HostAccessible, Managed, MemoryKind, Pinned};
 use super::stream::Stream;
 use crate::base::config::PoolConfig;
-use crate::base::error::{Error, OomReason, PointerFault, Result};
+use crate::base::error::{Error, OomReason, Result};
 use crate::base::finding::{Finding, Site};
 use crate::base::host::dangling;
 use crate::base::pool::{AllocFlags, MemoryType};
@@ -147,28 +146,12 @@ impl<K: MemoryKind> GpuPool<K> {
         flags: AllocFlags,
     ) -> Result<NonNull<[u8]>> {
         match self.inner.take_record(bytes, align, stream) {
-            Ok(record) if record.flags() & PUBLISHED != 0 => Self::block(record.start(), record.len()),
-            Ok(record) => self.raw_published(record.placed(), stream),
-            Err(cache) => match self.inner.take(bytes, align, stream, flags, true, cache)? {
-                placed if placed.published => Self::block(placed.start, placed.len),
-                placed => self.raw_published(placed, stream),
-            },
+            (Some(record), _) if record.flags() & PUBLISHED != 0 => {
+                Inner::block(record.start(), record.len())
+            }
+            (Some(record), _) => self.inner.published(record.placed(), stream),
+            (None, cache) => self.inner.take_raw(bytes, align, stream, flags, cache),
         }
-    }
-
-    fn block(start: usize, len: usize) -> Result<NonNull<[u8]>> {
-        let base = NonNull::new(start as *mut u8).ok_or(Error::pointer(start, PointerFault::Foreign))?;
-        Ok(NonNull::slice_from_raw_parts(base, len))
-    }
-
-    /// A block that could not be found by its address so far.
-    #[cold]
-    fn raw_published(&self, placed: Placed, stream: Option<&Stream>) -> Result<NonNull<[u8]>> {
-        if !self.inner.core.lock().publish(placed.ticket) {
-            self.inner.give(placed.ticket, placed.start, placed.len, stream);
-            return Err(Error::oom(placed.len, OomReason::Source));
-        }
-        Self::block(placed.start, placed.len)
     }
 
     /// Frees a block in the order of `stream`: work issued to it so far may still use the block. Work on
