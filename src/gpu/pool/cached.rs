@@ -28,25 +28,17 @@ impl Inner {
         (place.and_then(|place| self.pick(cache, &mut inside, place, align)), inside.seat())
     }
 
-    /// A cached block alone, and the cache that was looked into.
+    /// A cached block alone.
     #[inline(never)]
-    pub(super) fn take_record(
-        &self,
-        bytes: usize,
-        align: usize,
-        stream: Option<&Stream>,
-    ) -> (Option<&Record>, Option<&Cache>) {
-        let Some(cache) = self.plain_cache(stream) else { return (None, None) };
-        let picked = || {
-            let place = self.look(cache, bytes)?;
-            self.pick(cache, &mut *cache.turn.try_lock()?, place, align)
-        };
-        (picked(), Some(cache))
+    pub(super) fn take_record(&self, bytes: usize, align: usize, stream: Option<&Stream>) -> Option<&Record> {
+        let cache = self.plain_cache(stream)?;
+        let place = self.look(cache, bytes)?;
+        self.pick(cache, &mut *cache.turn.try_lock()?, place, align)
     }
 
     /// The cache of a stream, or the CPU's, if that can be said at a glance.
     #[inline(always)]
-    fn plain_cache(&self, stream: Option<&Stream>) -> Option<&Cache> {
+    pub(super) fn plain_cache(&self, stream: Option<&Stream>) -> Option<&Cache> {
         if self.watch.is_some() || !stream.is_none_or(|stream| self.orders_by(stream)) {
             return None;
         }

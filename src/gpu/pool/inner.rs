@@ -98,8 +98,8 @@ impl Inner {
         Ok(inner)
     }
 
-    /// A block that is found by its address. `cache` is the one that was looked into before, where that takes no more
-    /// than a glance. `bytes` is not 0.
+    /// A block that is found by its address, for which [`take_record`](Self::take_record) looked before. `bytes` is
+    /// not 0.
     #[inline(never)]
     pub(super) fn take_raw(
         self: &Arc<Self>,
@@ -107,8 +107,8 @@ impl Inner {
         align: usize,
         stream: Option<&Stream>,
         flags: AllocFlags,
-        cache: Option<&Cache>,
     ) -> Result<NonNull<[u8]>> {
+        let cache = self.plain_cache(stream);
         let placed = if cache.is_some() {
             let (rounded, align) = (self.rounded(bytes)?, align.max(self.config.alignment));
             self.from_books(rounded, align, stream, None, cache, flags, true)?

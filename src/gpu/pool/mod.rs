@@ -146,11 +146,9 @@ impl<K: MemoryKind> GpuPool<K> {
         flags: AllocFlags,
     ) -> Result<NonNull<[u8]>> {
         match self.inner.take_record(bytes, align, stream) {
-            (Some(record), _) if record.flags() & PUBLISHED != 0 => {
-                Inner::block(record.start(), record.len())
-            }
-            (Some(record), _) => self.inner.published(record.placed(), stream),
-            (None, cache) => self.inner.take_raw(bytes, align, stream, flags, cache),
+            Some(record) if record.flags() & PUBLISHED != 0 => Inner::block(record.start(), record.len()),
+            Some(record) => self.inner.published(record.placed(), stream),
+            None => self.inner.take_raw(bytes, align, stream, flags),
         }
     }
 
