@@ -110,8 +110,8 @@ impl Inner {
     ) -> Result<NonNull<[u8]>> {
         let cache = self.plain_cache(stream);
         let placed = if cache.is_some() {
-            let (rounded, align) = (self.rounded(bytes)?, align.max(self.config.alignment));
-            self.from_books(rounded, align, stream, None, cache, flags, true)?
+            let size = (self.rounded(bytes)?, align.max(self.config.alignment));
+            self.from_books(size, stream, None, cache, flags, true)?
         } else {
             self.take(bytes, align, stream, flags, true)?
         };
@@ -194,14 +194,13 @@ impl Inner {
     ) -> Result<Placed> {
         let session = session.as_ref();
         let cache = Whose::of(stream, session).and_then(|whose| self.front.cache(whose));
-        self.from_books(bytes, align, stream, session, cache, flags, by_address)
+        self.from_books((bytes, align), stream, session, cache, flags, by_address)
     }
 
     #[inline(always)]
     fn from_books(
         self: &Arc<Self>,
-        bytes: usize,
-        align: usize,
+        (bytes, align): (usize, usize),
         stream: Option<&Stream>,
         session: Option<&Arc<Session>>,
         cache: Option<&Cache>,
