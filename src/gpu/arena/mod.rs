@@ -68,8 +68,10 @@ pub(super) struct Done {
     pub(super) mapped: Vec<(usize, Piece)>,
     /// Pieces that lie nowhere.
     pub(super) spare: Vec<Piece>,
-    /// Where pieces are mapped beside that.
+    /// Where pieces are mapped beside that, ...
     pub(super) shadows: Vec<(usize, Piece)>,
+    /// ... and where they are because the driver did not unmap them: the device may not reach them there.
+    pub(super) stuck: Vec<(usize, Piece)>,
     /// When that was done, on the driver's clock.
     pub(super) at_ns: u64,
     pub(super) error: Option<Error>,
@@ -294,6 +296,7 @@ impl Core {
             pieces.take_spare(piece.handle);
         }
         plan.releases = pieces.leave(leaving);
+        self.claimed = plan.claims.iter().map(|&(_, tag)| tag).collect();
         Some(plan)
     }
 
@@ -335,11 +338,14 @@ impl Core {
             self.unrest.moved(began, Moment { served: self.served(), ns: done.at_ns });
         }
         self.pieces.iter_mut().for_each(|pieces| pieces.keep(&done));
+        self.claimed.clear();
         if done.error.is_some() {
             if plan.for_rest {
                 self.unrest.refused(self.reserved);
             }
             for &(node, tag) in &plan.claims {
+                // Its lane may have been looked through for what is done meanwhile.
+                let tag = if self.order.is_done(tag) { Tag::CLEAN } else { tag };
                 self.zones[plan.zone].free(node, tag);
             }
         }

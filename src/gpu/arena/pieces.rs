@@ -183,7 +183,8 @@ impl Pieces {
             self.mapped.insert(self.before(at), (at, piece));
         }
         done.spare.iter().for_each(|&piece| self.put_spare(piece));
-        done.shadows.iter().for_each(|&(at, piece)| self.shadows.put(at, piece));
+        done.shadows.iter().for_each(|&(at, piece)| self.shadows.put(at, piece, true));
+        done.stuck.iter().for_each(|&(at, piece)| self.shadows.put(at, piece, false));
     }
 
     /// A shadow goes, or a piece comes back to it.
@@ -279,7 +280,7 @@ impl Pieces {
         let mut found: Vec<Step> = Vec::new();
         for (to, shadow) in self.shadows.overlapping(gap.start, gap.end) {
             let is_it = |(_, from): &(usize, From)| matches!(from, From::Mapped(_, handle) | From::Spare(handle) if *handle == shadow.handle);
-            let inside = to >= gap.start && to + shadow.len <= gap.end;
+            let inside = to >= gap.start && to + shadow.len <= gap.end && self.shadows.is_usable(to);
             if let Some(&(len, from)) = at_hand.iter().find(|at_hand| is_it(at_hand)).filter(|_| inside)
                 && found.iter().all(|step| step.from != from)
             {

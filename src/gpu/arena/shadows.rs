@@ -25,6 +25,8 @@ struct Shadow {
     piece: Piece,
     /// When it was left behind.
     since: u64,
+    /// Whether the device reaches the memory there: what could not be unmapped after a failure it may not reach.
+    usable: bool,
 }
 
 /// The shadows of a pool's pieces, by address.
@@ -39,9 +41,14 @@ impl Shadows {
         self.places.len()
     }
 
-    pub(super) fn put(&mut self, at: usize, piece: Piece) {
+    pub(super) fn put(&mut self, at: usize, piece: Piece, usable: bool) {
         self.clock += 1;
-        self.places.insert(at, Shadow { piece, since: self.clock });
+        self.places.insert(at, Shadow { piece, since: self.clock, usable });
+    }
+
+    /// Whether a piece may come back to its shadow there.
+    pub(super) fn is_usable(&self, at: usize) -> bool {
+        self.places.get(&at).is_some_and(|shadow| shadow.usable)
     }
 
     pub(super) fn take(&mut self, at: usize) {

@@ -316,8 +316,10 @@ fn a_refusal_makes_the_pool_move_again() {
     let takes = |plan: &Plan| plan.gaps.iter().flatten().any(|step| matches!(step.from, From::Mapped(..)));
     let greedy = books.core.plan(LARGE, ask, usize::MAX, books.ns).unwrap();
     assert!(greedy.for_rest && !takes(&greedy));
+    assert!(!books.core.claimed.is_empty(), "lanes of claims are not given on");
     let refused = Done { error: Some(Error::oom(ask.bytes, OomReason::Source)), ..Done::default() };
     assert!(books.core.finish(&greedy, refused, ask).is_err());
+    assert!(books.core.claimed.is_empty());
     books.core.check().unwrap();
     let content = books.core.plan(LARGE, ask, usize::MAX, books.ns).unwrap();
     assert!(!content.for_rest && takes(&content));
@@ -395,6 +397,12 @@ fn a_gap_takes_the_pieces_whose_shadows_lie_there() {
     let mut large = vec![(64 * MIB, From::Spare(Handle(8))), (128 * MIB, From::Spare(Handle(100)))];
     let steps = pieces.fill(&front, &mut large, None);
     assert_eq!(steps.iter().map(|step| (step.len, step.shadowed)).collect::<Vec<_>>(), [(128 * MIB, false)]);
+    // One that the driver did not unmap may be out of the device's reach: it goes before anything lies there.
+    let mut after_failure = pieces_of_64(64);
+    after_failure.keep(&Done { stuck: shadows.to_vec(), ..Done::default() });
+    let steps = after_failure.fill(&gap, &mut hand(&[1, 2, 8, 9]), Some(32 * MIB));
+    assert!(steps.iter().all(|step| !step.shadowed));
+    assert_eq!(after_failure.in_the_way(&[steps]), shadows[..1]);
     // A piece that goes takes its shadows with it.
     let leaving = pieces.leave(vec![(Some(8 * 64 * MIB), shadows[0].1)]);
     assert_eq!((leaving[0].home, &*leaving[0].shadows), (Some(8 * 64 * MIB), &[1 << 40][..]));

@@ -106,6 +106,8 @@ pub(super) struct Core {
     /// The pieces of memory in the pool's address space; `None` where memory comes in segments.
     pub(super) pieces: Option<Pieces>,
     pub(super) unrest: Unrest,
+    /// The tags of what the plan under way claimed: they are in no range until it ends.
+    pub(super) claimed: Vec<Tag>,
     /// Where the address space of the large zone begins then.
     large_from: usize,
     shared: Shared,
@@ -138,6 +140,7 @@ impl Core {
             order: Order::new(),
             pieces: None,
             unrest: Unrest::new(0),
+            claimed: Vec::new(),
             large_from: 0,
             shared: HashMap::new(),
             records: Arc::new(Records::for_pool(config.max_size)),
@@ -196,8 +199,8 @@ impl Core {
             // What closed lanes freed is clean then, and no longer theirs.
             self.settle(&*stream.device().0.driver);
         }
-        let (zones, shared, lanes) = (&self.zones, &self.shared, self.order.lanes());
-        let unused = || Self::unused_lanes(zones, shared, lanes.into());
+        let (zones, shared, claimed, lanes) = (&self.zones, &self.shared, &self.claimed, self.order.lanes());
+        let unused = || Self::unused_lanes(zones, shared, claimed, lanes.into());
         let lane = self.order.open_lane(stream.slot(), stream.raw(), stream.thread(), unused)?;
         self.lanes_changed();
         Ok(lane)
@@ -205,15 +208,17 @@ impl Core {
 
     /// The private lane of a capture.
     pub(super) fn capture_lane(&mut self, id: u64, slot: u32) -> Result<u16> {
-        let (zones, shared, lanes) = (&self.zones, &self.shared, self.order.lanes());
-        let lane = self.order.capture_lane(id, slot, || Self::unused_lanes(zones, shared, lanes.into()))?;
+        let (zones, shared, claimed, lanes) = (&self.zones, &self.shared, &self.claimed, self.order.lanes());
+        let unused = || Self::unused_lanes(zones, shared, claimed, lanes.into());
+        let lane = self.order.capture_lane(id, slot, unused)?;
         self.lanes_changed();
         Ok(lane)
     }
 
     /// Which lane numbers nothing refers to.
-    fn unused_lanes(zones: &[Ranges; 3], shared: &Shared, lanes: usize) -> Vec<bool> {
+    fn unused_lanes(zones: &[Ranges; 3], shared: &Shared, claimed: &[Tag], lanes: usize) -> Vec<bool> {
         let mut unused = vec![true; lanes];
+        claimed.iter().for_each(|tag| unused[tag.lane as usize] = false);
         for &(user, _) in shared.values().flatten() {
             unused[user as usize] = false;
         }

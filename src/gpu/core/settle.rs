@@ -9,6 +9,10 @@ use crate::gpu::ranges::{HOLE, MIXED, Tag};
 impl Core {
     /// Renews the batch numbers of lanes that run out of them.
     pub(super) fn renumber(&mut self, driver: &dyn Driver) {
+        if !self.claimed.is_empty() {
+            // A plan under way will free what it claimed under the numbers of now, if it fails.
+            return;
+        }
         let full = self.order.finish_full(driver);
         if !full.is_empty() {
             self.clean_done();

@@ -423,7 +423,10 @@ impl Front {
     pub(super) fn shut_of(&self, core: &mut Core, driver: &dyn Driver, slot: u32) -> Vec<Arc<Seat>> {
         let Some(cache) = self.cache(Whose::Stream(slot)) else { return Vec::new() };
         self.empty(core, driver, cache, 0);
-        cache.turn.lock().shut()
+        let seats = cache.turn.lock().shut();
+        // Whoever was quicker than that.
+        self.empty(core, driver, cache, 0);
+        seats
     }
 
     /// Empties all caches and shuts them; [`keep`](Self::keep) opens them again. The seats are dropped with no lock

@@ -106,6 +106,8 @@ impl Inner {
     pub(super) unsafe fn reset(&self) -> Result<()> {
         self.device.synchronize()?;
         self.forget_all();
+        // No plan is under way then.
+        let _ticket = self.growth.lock();
         let mut core = self.core.lock();
         self.front.forget();
         core.reset();

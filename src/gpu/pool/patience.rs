@@ -32,8 +32,14 @@ impl Inner {
             // Where the event is reused meanwhile, this waits for later work, and no longer than ever.
             loop {
                 asked += 1;
-                if asked >= ASKS || driver.event_query(event).unwrap_or(true) {
-                    break;
+                match driver.event_query(event) {
+                    Ok(false) if asked < ASKS => {}
+                    Ok(_) => break,
+                    // It would not know better the next time.
+                    Err(_) => {
+                        asked = ASKS;
+                        break;
+                    }
                 }
             }
         }

@@ -72,16 +72,22 @@ impl Source {
     /// lie where it says, and all work on them is known to be complete.
     pub(super) unsafe fn fill(&self, driver: &dyn Driver, plan: &Plan) -> Done {
         // SAFETY: shadows are used by nobody.
-        let (in_the_way, cleared) = unsafe { unmap_all(driver, &plan.in_the_way) };
-        let mut done = match cleared {
-            // SAFETY: the caller's contract, and no shadow in the way is left.
-            Ok(()) => unsafe { self.release(driver, &plan.releases) },
-            Err(error) => Done { error: Some(error), ..Done::default() },
+        let (kept, cleared) = unsafe { unmap_all(driver, &plan.in_the_way) };
+        // One that is only too much may stay.
+        let needed = |(at, piece): &(usize, Piece)| {
+            plan.gaps.iter().flatten().any(|step| step.to < at + piece.len && *at < step.to + step.len)
+                || plan.releases.iter().any(|leaving| leaving.piece.handle == piece.handle)
         };
+        let mut done =
+            match cleared.or_else(|error| if kept.iter().any(needed) { Err(error) } else { Ok(()) }) {
+                // SAFETY: the caller's contract, and no shadow in the way is left.
+                Ok(()) => unsafe { self.release(driver, &plan.releases) },
+                Err(error) => Done { error: Some(error), ..Done::default() },
+            };
         if done.error.is_some() {
             plan.releases.iter().for_each(|piece| stay(piece, &mut done));
         }
-        done.shadows.extend(in_the_way);
+        done.stuck.extend(kept);
         for steps in &plan.gaps {
             // SAFETY: the caller's contract; nothing is in the way any more where there was no error.
             unsafe { fill_gap(driver, steps, &mut done) };
@@ -105,11 +111,8 @@ impl Source {
             let mut stays = false;
             for &place in kept.iter().filter(|(_, kept)| kept.handle == piece.handle) {
                 let is_home = *home == Some(place.0);
-                if is_home {
-                    done.mapped.push(place)
-                } else {
-                    done.shadows.push(place)
-                }
+                let places = if is_home { &mut done.mapped } else { &mut done.stuck };
+                places.push(place);
                 stays |= is_home;
             }
             let mapped = kept.iter().any(|(_, kept)| kept.handle == piece.handle);
@@ -144,7 +147,7 @@ fn stay(leaving: &Leaving, done: &mut Done) {
         Some(at) => done.mapped.push((at, leaving.piece)),
         None => done.spare.push(leaving.piece),
     }
-    done.shadows.extend(leaving.shadows.iter().map(|&at| (at, leaving.piece)));
+    done.stuck.extend(leaving.shadows.iter().map(|&at| (at, leaving.piece)));
 }
 
 /// Notes that a step was not done: what it would take is where it was.
@@ -231,9 +234,10 @@ unsafe fn fill_gap(driver: &dyn Driver, steps: &[Step], done: &mut Done) {
         let unmap = || unsafe { driver.unmap(step.to, piece.len) };
         let stays = !step.shadowed && unmap().is_err() && unmap().is_err();
         if step.from == From::New {
-            if stays { done.mapped.push((step.to, *piece)) } else { done.spare.push(*piece) }
-        } else if stays {
-            done.shadows.push((step.to, *piece));
+            done.spare.push(*piece);
+        }
+        if stays {
+            done.stuck.push((step.to, *piece));
         }
     }
     steps.iter().for_each(|step| leave(step, done));
