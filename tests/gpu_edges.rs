@@ -454,15 +454,20 @@ fn containers_in_device_memory_do_not_compile_and_the_compiler_says_what_to_use(
     }
 }
 
-/// Requests of sizes up to `largest`, of which any may go next, in steps; at most `most` bytes are live.
-fn at_random(pool: &DevicePool, stream: &Stream, most: usize, steps: usize, largest: usize) -> (usize, u64) {
+/// Numbers below a limit, always the same ones.
+fn random() -> impl FnMut(usize) -> usize {
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;
-    let mut below = |limit: usize| {
+    move |limit| {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
         (state >> 11) as usize % limit
-    };
+    }
+}
+
+/// Requests of sizes up to `largest`, of which any may go next, in steps; at most `most` bytes are live.
+fn at_random(pool: &DevicePool, stream: &Stream, most: usize, steps: usize, largest: usize) -> (usize, u64) {
+    let mut below = random();
     let (mut live, mut bytes, mut requests) = (Vec::new(), 0, 0);
     for _ in 0..steps {
         let size = 1 + below(largest);
@@ -513,13 +518,7 @@ fn moving(gpu: &GpuDevice, steps: usize) -> Option<Error> {
     let streams = [gpu.new_stream().ok()?, gpu.new_stream().ok()?];
     let pool = DevicePool::new(gpu, PoolConfig::default_gpu().max_size(256 * MIB)).ok()?;
     let wrong = Arc::new(AtomicUsize::new(0));
-    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
-    let mut below = |limit: usize| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 11) as usize % limit
-    };
+    let mut below = random();
     let (mut live, mut bytes, mut failed) = (Vec::new(), 0, None);
     for step in 0..steps {
         let size = ENDS + below(24 * MIB);
