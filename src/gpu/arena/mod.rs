@@ -33,7 +33,7 @@ mod unrest;
 pub(super) use pieces::{From, Leaving, Piece, Pieces, Step};
 pub(super) use unrest::{Moment, Unrest};
 
-use pieces::Gap;
+use pieces::{Gap, new_bytes};
 
 use super::core::{Ask, Core, LARGE, Placed, Ticket};
 use super::ranges::{CLEAN, HOLE, MIXED, Range, Tag};
@@ -155,9 +155,6 @@ impl Core {
         let choose = |at_hand: &mut Vec<(usize, From)>, usual| -> Vec<Vec<Step>> {
             gaps.iter().map(|gap| pieces.fill(gap, at_hand, usual)).collect()
         };
-        let new_bytes = |chosen: &[Vec<Step>]| -> usize {
-            chosen.iter().flatten().filter(|step| step.from == From::New).map(|step| step.len).sum()
-        };
         let lacking: usize = gaps.iter().map(|gap| gap.end - gap.start).sum();
         let usual = Some(pieces.usual(lacking, self.order.streams()));
         let mut at_hand = self.at_hand(plan.start, end);
@@ -170,18 +167,18 @@ impl Core {
             let is_spare = |(_, from): &&(usize, From)| matches!(from, From::Spare(_));
             let mut spares = before.iter().filter(is_spare).copied().collect();
             let instead = choose(&mut spares, usual);
-            if self.reserved + new_bytes(&instead) <= most.min(max_size) {
+            if self.reserved + new_bytes(instead.iter().flatten()) <= most.min(max_size) {
                 (chosen, at_hand) = (instead, Vec::new());
                 plan.for_rest = true;
             }
         }
         plan.moves = (moves && !plan.for_rest).then_some(now);
-        if self.reserved + new_bytes(&chosen) > max_size {
+        if self.reserved + new_bytes(chosen.iter().flatten()) > max_size {
             at_hand = before;
             chosen = choose(&mut at_hand, None);
         }
         // What is at hand and fits nowhere goes back, rather than that the pool takes more than ever.
-        let (new, most) = (new_bytes(&chosen), max_size.min(self.peak_reserved()));
+        let (new, most) = (new_bytes(chosen.iter().flatten()), max_size.min(self.peak_reserved()));
         let mut reserved = self.reserved;
         let mut leaving = Vec::new();
         while new != 0 && reserved + new > most {

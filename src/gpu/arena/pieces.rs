@@ -40,6 +40,15 @@ pub(in crate::gpu) enum From {
     New,
 }
 
+impl From {
+    fn handle(self) -> Option<Handle> {
+        match self {
+            Self::Mapped(_, handle) | Self::Spare(handle) => Some(handle),
+            Self::New => None,
+        }
+    }
+}
+
 /// A piece of memory for a stretch of a gap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::gpu) struct Step {
@@ -48,6 +57,11 @@ pub(in crate::gpu) struct Step {
     pub(in crate::gpu) from: From,
     /// The piece's shadow lies there: nothing is to be mapped.
     pub(in crate::gpu) shadowed: bool,
+}
+
+/// Bytes that the driver has to make for these steps.
+pub(super) fn new_bytes<'a>(steps: impl IntoIterator<Item = &'a Step>) -> usize {
+    steps.into_iter().filter(|step| step.from == From::New).map(|step| step.len).sum()
 }
 
 /// A piece that is to be given back to the driver, and all addresses at which it is mapped.
@@ -248,9 +262,6 @@ impl Pieces {
         at_hand: &mut Vec<(usize, From)>,
         usual: Option<usize>,
     ) -> Vec<Step> {
-        let new = |steps: &[Step]| -> usize {
-            steps.iter().filter(|step| step.from == From::New).map(|step| step.len).sum()
-        };
         let shadowed = self.at_hand_in(gap, at_hand);
         if shadowed.is_empty() {
             return gap.steps(self.choose(gap, at_hand, usual));
@@ -267,7 +278,7 @@ impl Pieces {
             rest = back;
         }
         steps.extend(rest.steps(self.choose(&rest, at_hand, usual)));
-        if new(&steps) <= new(&plain) {
+        if new_bytes(&steps) <= new_bytes(&plain) {
             return steps;
         }
         *at_hand = plain_at_hand;
@@ -279,9 +290,9 @@ impl Pieces {
     fn at_hand_in(&self, gap: &Gap, at_hand: &[(usize, From)]) -> Vec<Step> {
         let mut found: Vec<Step> = Vec::new();
         for (to, shadow) in self.shadows.overlapping(gap.start, gap.end) {
-            let is_it = |(_, from): &(usize, From)| matches!(from, From::Mapped(_, handle) | From::Spare(handle) if *handle == shadow.handle);
             let inside = to >= gap.start && to + shadow.len <= gap.end && self.shadows.is_usable(to);
-            if let Some(&(len, from)) = at_hand.iter().find(|at_hand| is_it(at_hand)).filter(|_| inside)
+            let its = |(_, from): &&(usize, From)| from.handle() == Some(shadow.handle);
+            if let Some(&(len, from)) = at_hand.iter().find(its).filter(|_| inside)
                 && found.iter().all(|step| step.from != from)
             {
                 found.push(Step { to, len, from, shadowed: true });

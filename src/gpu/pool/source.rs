@@ -78,15 +78,15 @@ impl Source {
             plan.gaps.iter().flatten().any(|step| step.to < at + piece.len && *at < step.to + step.len)
                 || plan.releases.iter().any(|leaving| leaving.piece.handle == piece.handle)
         };
-        let mut done =
-            match cleared.or_else(|error| if kept.iter().any(needed) { Err(error) } else { Ok(()) }) {
-                // SAFETY: the caller's contract, and no shadow in the way is left.
-                Ok(()) => unsafe { self.release(driver, &plan.releases) },
-                Err(error) => Done { error: Some(error), ..Done::default() },
-            };
-        if done.error.is_some() {
-            plan.releases.iter().for_each(|piece| stay(piece, &mut done));
-        }
+        let mut done = match cleared.err().filter(|_| kept.iter().any(needed)) {
+            // SAFETY: the caller's contract; no shadow of these pieces is left but those that they name.
+            None => unsafe { self.release(driver, &plan.releases) },
+            Some(error) => {
+                let mut done = Done { error: Some(error), ..Done::default() };
+                plan.releases.iter().for_each(|piece| stay(piece, &mut done));
+                done
+            }
+        };
         done.stuck.extend(kept);
         for steps in &plan.gaps {
             // SAFETY: the caller's contract; nothing is in the way any more where there was no error.
