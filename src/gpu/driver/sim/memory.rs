@@ -6,7 +6,7 @@
 //!
 //! Invariants
 //! 1. `mapped` entries do not overlap; each lies in one range of `reserved` and shows a live piece of at
-//!    least its length, or (host memory) shows itself.
+//!    least its length, whose `at` names it, or (host memory) shows itself.
 //! 2. A piece is unmapped from the host only when no entry of `mapped` shows it.
 
 mod shared;
@@ -25,7 +25,8 @@ struct Piece {
     host: NonNull<u8>,
     len: usize,
     device: usize,
-    maps: usize,
+    /// Where it is mapped.
+    at: Vec<usize>,
     /// The file behind it, once another process may have it.
     file: Option<File>,
     /// Whether it is another process's, whose device it counts for.
@@ -90,8 +91,15 @@ impl Memory {
         let host = os::map(pages(bytes), os::page_size(), Access::ReadWrite)?;
         let id = self.next_piece;
         self.next_piece += 1;
-        let piece =
-            Piece { host, len: pages(bytes), device, maps: 0, file: None, imported: false, plain: false };
+        let piece = Piece {
+            host,
+            len: pages(bytes),
+            device,
+            at: Vec::new(),
+            file: None,
+            imported: false,
+            plain: false,
+        };
         self.pieces.insert(id, piece);
         self.used[device] += pages(bytes);
         Ok(id)
@@ -106,7 +114,7 @@ impl Memory {
 
     /// Gives a piece back; false where it is unknown or still mapped.
     pub(super) fn release(&mut self, id: u64) -> bool {
-        if self.pieces.get(&id).is_none_or(|piece| piece.maps != 0) {
+        if self.pieces.get(&id).is_none_or(|piece| !piece.at.is_empty()) {
             return false;
         }
         let Some(piece) = self.pieces.remove(&id) else { return false };
@@ -124,7 +132,7 @@ impl Memory {
             return false;
         }
         let Some(piece) = self.pieces.get_mut(&id).filter(|piece| piece.len >= bytes) else { return false };
-        piece.maps += 1;
+        piece.at.push(addr);
         let host = piece.host.as_ptr() as usize;
         self.mapped.insert(addr, Mapped { len: bytes, host, piece: Some(id), accessible: false });
         true
@@ -134,9 +142,9 @@ impl Memory {
     pub(super) fn unmap(&mut self, addr: usize, bytes: usize) -> bool {
         let whole = self.pieces_in(addr, bytes).is_some();
         if whole {
-            for (_, mapped) in self.mapped.extract_if(addr..addr + bytes, |_, _| true) {
+            for (gone, mapped) in self.mapped.extract_if(addr..addr + bytes, |_, _| true) {
                 if let Some(piece) = mapped.piece.and_then(|piece| self.pieces.get_mut(&piece)) {
-                    piece.maps -= 1;
+                    piece.at.retain(|&at| at != gone);
                 }
             }
         }
@@ -193,12 +201,9 @@ impl Memory {
         let mut found = Vec::new();
         for (&start, here) in self.mapped.range(first..addr + len) {
             let (from, to) = (start.max(addr), (start + here.len).min(addr + len));
-            let Some(piece) = here.piece.filter(|piece| self.pieces.get(piece).is_some_and(|p| p.maps > 1))
-            else {
-                continue;
-            };
-            let others = self.mapped.iter().filter(|(at, other)| **at != start && other.piece == Some(piece));
-            found.extend(others.map(|(at, _)| (at + (from - start), to.saturating_sub(from))));
+            let Some(piece) = here.piece.and_then(|piece| self.pieces.get(&piece)) else { continue };
+            let others = piece.at.iter().filter(|&&at| at != start);
+            found.extend(others.map(|at| (at + (from - start), to.saturating_sub(from))));
         }
         found
     }

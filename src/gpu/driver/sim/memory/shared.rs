@@ -103,8 +103,10 @@ impl Memory {
         let host = unsafe { map_file(&file, len, None) }?;
         let id = self.next_piece;
         self.next_piece += 1;
-        self.pieces
-            .insert(id, Piece { host, len, device, maps: 0, file: Some(file), imported: true, plain: false });
+        self.pieces.insert(
+            id,
+            Piece { host, len, device, at: Vec::new(), file: Some(file), imported: true, plain: false },
+        );
         Ok(id)
     }
 }
